@@ -1,0 +1,27 @@
+"""What holds for every test and every doctest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    # pytest-xdist runs one process per core: threads within a process would only wait for each other, and sums would depend on their number.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers for a test wherever and in whatever order it runs."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what legacy callers draw from
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
+    """Names that examples in docstrings use without importing them."""
+    doctest_namespace.update(torch=torch, np=np)

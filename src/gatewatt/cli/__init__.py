@@ -1,0 +1,160 @@
+"""The command ``gatewatt``: one small dispatcher, quick to start.
+
+Help, the version, reports and every mistake in a recipe are answered before torch is imported; that import alone takes seconds. Whatever is
+wrong with what the user gave comes out as one line on stderr and exit code 2; ``GATEWATT_TRACEBACK=1`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gatewatt.recipes import VERBS, Recipe, load_recipes
+
+PROGRAM = "gatewatt"
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+class Help(NamedTuple):
+    """Short help of a verb."""
+
+    line: str
+    usage: str
+    text: str
+
+
+_RECIPES = """\
+  -c FILE            recipe: a path or a shipped name; several merge left to right
+  --KEY VALUE        change one field of the recipe, such as --trainer.max_epochs 3 or --data.root cifar10
+  --run NAME         name of the run folder, runs/NAME (default: the recipe's name); never overwrites: NAME-2, NAME-3, ...
+  --print_config     print the merged and checked recipe, and stop
+  --help-all         every field of the recipe
+"""
+
+HELP = {
+    "fit": Help("train or defend a network", "fit -c RECIPE [--KEY VALUE ...]", _RECIPES + "  --ckpt_path FILE   resume a run\n"),
+    "validate": Help("validate a network on clean images", "validate -c RECIPE [--KEY VALUE ...]", _RECIPES),
+    "test": Help("test or attack a network and write summary.json", "test -c RECIPE [--KEY VALUE ...]", _RECIPES),
+    "predict": Help("predict, and report what each image cost", "predict -c RECIPE [--KEY VALUE ...]", _RECIPES),
+    "price": Help(
+        "print what each gate's decision costs",
+        "price (-c RECIPE | --checkpoint NAME) [--size 32]",
+        "  -c FILE            recipe with a network, such as network/skipnet-38\n"
+        "  --checkpoint NAME  shipped name or .safetensors file\n"
+        "  --size N           side of the images in pixels\n",
+    ),
+    "audit": Help(
+        "prove the FLOPs: four independent counts must agree",
+        "audit (-c RECIPE | --checkpoint NAME) [--images N] [--patterns N] [--size N]",
+        "  -c FILE            recipe with a network; with data too, its test images are used instead of random ones\n"
+        "  --checkpoint NAME  shipped name or .safetensors file\n"
+        "  --images N         images whose own gates decide (default 100)\n"
+        "  --patterns N       random gate patterns that are forced (default 100)\n"
+        "  --size N           side of the random images in pixels\n"
+        "  --seed N           seed of images and patterns\n"
+        "  Exit code 1 if any count differs.\n",
+    ),
+    "report": Help("render tables and figures from run folders", "report RUN [RUN ...]", ""),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the command line without the program's name; that of the process by default.
+
+    Returns:
+        Exit code: 0, 1 (an audit failed), 2 (one line on stderr says what is wrong), 130 or 143 (interrupted or terminated).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.environ.get("GATEWATT_TRACEBACK") == "1":
+        return dispatch(arguments)
+    recipe = Recipe()
+    try:
+        return dispatch(arguments, recipe)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = explain(error, recipe)
+        if line is None:
+            raise
+        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+        return 2
+
+
+def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
+    """Find the verb and run it; ``recipe`` receives what was read, so that a later error can name its file."""
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if verb in ("-V", "--version"):
+        from gatewatt import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if verb not in HELP:
+        raise UsageError(f"no verb {verb!r}; it must be one of {', '.join(HELP)}")
+    if any(argument in ("-h", "--help") for argument in rest) and verb != "report":
+        print(f"usage: {PROGRAM} {HELP[verb].usage}\n\n{HELP[verb].line}\n\n{HELP[verb].text}", end="")
+        return 0
+    if verb == "report":
+        from gatewatt.reports import cli_main
+
+        return int(cli_main(rest) or 0)
+    names, rest = split_recipes(rest)
+    recipe = Recipe() if recipe is None else recipe
+    loaded = load_recipes(names)
+    recipe.settings, recipe.origins, recipe.files = loaded.settings, loaded.origins, loaded.files
+    if verb in VERBS:
+        from gatewatt.cli.trainer import run
+    else:
+        from gatewatt.cli.meter import run
+    return run(verb, recipe, rest)
+
+
+def split_recipes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take every ``-c FILE`` and ``--config FILE`` out of a command line.
+
+    Returns:
+        The recipes named, and the rest.
+
+    Example:
+        >>> split_recipes(["-c", "a.yaml", "--run", "b", "--config=c.yaml"])
+        (['a.yaml', 'c.yaml'], ['--run', 'b'])
+    """
+    names, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument in ("-c", "--config"):
+            name = next(remaining, "")
+            if not name or name.startswith("-"):
+                raise UsageError(f"{argument} needs the name of a recipe")
+            names.append(name)
+        elif argument.startswith("--config="):
+            names.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    return names, rest
+
+
+def overview() -> str:
+    """The short help of the whole command."""
+    lines = [f"usage: {PROGRAM} VERB ...", "", "Train, attack and defend networks that decide per image what to compute, and count what really ran.", ""]
+    lines += [f"  {verb:<10}{entry.line}" for verb, entry in HELP.items()]
+    lines += ["", f"  {PROGRAM} VERB --help    a verb's options", f"  {PROGRAM} --version", "", f"First steps: {PROGRAM} fit -c quickstart"]
+    return "\n".join(lines)
+
+
+def explain(error: Exception, recipe: Recipe) -> str | None:
+    """One line for an error that the user can mend, or None for one that is a fault of gatewatt."""
+    from gatewatt.cli.errors import explain as explained
+
+    return explained(error, recipe)

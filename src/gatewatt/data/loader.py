@@ -1,0 +1,29 @@
+"""The loader of whole batches, which continues in the middle of an epoch where the trainer says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from gatewatt.data.batch import Batch
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A loader that asks its :class:`~gatewatt.data.order.BatchOrder` for keys only when the first batch is wanted.
+
+    Lightning makes the iterator of a resumed run before it tells the sampler which epoch it is, and worker processes are given keys the moment
+    the iterator exists: made early, they would load the first epoch again.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """The batches, from the order's start on."""
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is the trainer's own count of batches. Lightning takes a loader with this method for one that can resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

@@ -1,0 +1,71 @@
+"""Losses of networks that skip blocks: an explicit compute target, and SkipNet's hybrid reinforcement stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gatewatt.flops import FlopsLedger
+from gatewatt.gating import DynamicOutput, gate_table
+from gatewatt.objectives.base import CrossEntropy, Objective, Terms
+
+
+class ComputeTarget(Objective):
+    """Cross entropy plus ``weight (mean FLOPs / dense FLOPs - target)^2``, the mean taken over the batch.
+
+    SkipNet's supervised stage has no cost term, so a run may end near 100 % computation, where recovered FLOPs mean nothing. The target
+    binds the batch, not the image: which image gets how much is left to the gates.
+
+    Args:
+        target: fraction of the dense FLOPs, in (0, 1].
+        weight: of the squared deviation.
+        label_smoothing: of the cross entropy, in [0, 1).
+
+    Raises:
+        ValueError: if ``target`` is outside (0, 1] or ``weight`` negative.
+    """
+
+    def __init__(self, target: float = 0.7, weight: float = 10.0, *, label_smoothing: float = 0.0) -> None:
+        if not 0 < target <= 1:
+            raise ValueError(f"target must be in (0, 1], a fraction of the dense FLOPs, got {target}")
+        if weight < 0:
+            raise ValueError(f"weight must be at least 0, got {weight}")
+        self.target, self.weight, self.prediction = target, weight, CrossEntropy(label_smoothing)
+
+    def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:
+        """Terms ``cross_entropy`` and ``compute``."""
+        fraction = ledger.surrogate(output.gates).mean() / ledger.dense
+        return {**self.prediction(output, labels, ledger), "compute": (self.weight * (fraction - self.target) ** 2).float()}
+
+
+class HybridReinforcement(Objective):
+    """SkipNet's HRL stage: cross entropy plus REINFORCE on sampled decisions (Wang et al. 2018, Sec. 3.3).
+
+    Reward of gate i is ``(alpha / N) (1 - a_i)`` for decision a_i; its return is the rewards from i on minus the image's cross entropy;
+    the policy term is ``policy_weight R_i (-log pi(a_i))`` with R detached, per image. Both of the original's stages are written in this
+    CIFAR form: its ImageNet code multiplies a (B,) by a (B, 1) tensor and so credits every image with the batch's mean return. The
+    original sums over a batch of 128 with weight 0.01, which is 1.28 times the mean used here.
+
+    Args:
+        alpha: reward scale (0.1 CIFAR, 0.01 ImageNet).
+        policy_weight: weight of the policy term, as a mean over images and a sum over gates.
+        baseline: subtract the batch-mean return per gate (not in the original).
+    """
+
+    def __init__(self, alpha: float = 0.1, policy_weight: float = 1.28, *, baseline: bool = False) -> None:
+        if alpha < 0 or policy_weight < 0:
+            raise ValueError(f"alpha and policy_weight must be at least 0, got {alpha} and {policy_weight}")
+        self.alpha, self.policy_weight, self.baseline = alpha, policy_weight, baseline
+
+    def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:
+        """Terms ``cross_entropy`` and ``policy``."""
+        cross_entropy = functional.cross_entropy(output.logits.float(), labels, reduction="none")
+        score, _, action = gate_table(output.gates)
+        reward = self.alpha / score.shape[1] * (1 - action)
+        returns = reward.flip(1).cumsum(1).flip(1) - cross_entropy.detach()[:, None]
+        if self.baseline:
+            returns = returns - returns.mean(0, keepdim=True)
+        probability = torch.where(action > 0, score, 1 - score).clamp_min(1e-8)
+        policy = -(returns.detach() * probability.log()).sum(1).mean()
+        return {"cross_entropy": cross_entropy.mean(), "policy": self.policy_weight * policy}

@@ -1,0 +1,74 @@
+"""What every task measures on clean images: accuracy, FLOPs per image, gate usage, and what really ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from gatewatt.data.batch import Batch
+from gatewatt.flops import ExecutionMeter, FlopsLedger
+from gatewatt.gating import DynamicNetwork, DynamicOutput, check_finite, check_images, check_labels, gate_table
+from gatewatt.metrics import GateUsage, MeanFlops
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast within the block: gates, FLOPs and recovery are evaluated in float32 whatever the training precision."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def check_batch(batch: Batch, num_classes: int) -> None:
+    """Raise unless the images are valid pixels and the labels one class index per image."""
+    check_images(batch.images)
+    check_labels(batch.labels, batch.images)
+    low, high = batch.labels.aminmax()
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels span {int(low)} to {int(high)}, but the network has {num_classes} classes (0 to {num_classes - 1}); "
+            "set the network's num_classes to the data's"
+        )
+
+
+class CleanEvaluation(nn.Module):
+    """Running figures of a network on clean images, really skipped, in float32.
+
+    Args:
+        network: the network to measure; it is not registered as a submodule.
+        ledger: its price list at the images' resolution.
+        num_classes: classes K of the network.
+    """
+
+    def __init__(self, network: DynamicNetwork, ledger: FlopsLedger, num_classes: int) -> None:
+        super().__init__()
+        self._network = (network,)  # a tuple hides it from nn.Module: its parameters belong to the task
+        self.ledger, self.num_classes = ledger, num_classes
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.flops, self.usage = MeanFlops(), GateUsage(sum(ledger.units.values()))
+        self.meter = ExecutionMeter(network, ledger)
+
+    def step(self, batch: Batch) -> tuple[DynamicOutput, Tensor]:
+        """Run one batch; returns the output and the FLOPs (B,) float64 of each image.
+
+        Raises:
+            ValueError: if images, labels, scores or logits are invalid; nothing of the batch is counted then.
+        """
+        check_batch(batch, self.num_classes)
+        with full_precision(), torch.no_grad(), self.meter:
+            output = self._network[0](batch.images, "skipped")
+        check_finite(output)
+        flops = self.ledger(output.gates)
+        self.accuracy.update(output.logits, batch.labels)
+        self.flops.update(flops)
+        self.usage.update(gate_table(output.gates).executed)
+        return output, flops
+
+    def reset(self) -> None:
+        """Start from zero."""
+        for metric in (self.accuracy, self.flops, self.usage):
+            metric.reset()
+        self.meter.reset()
