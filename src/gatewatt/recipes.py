@@ -55,11 +55,13 @@ class Recipe:
         settings: what the trainer's parser receives; no ``extends`` and no ``key+`` are left.
         origins: key path -> file and line that set it last; list entries are ``"0"``, ``"1"``, ...
         files: every file that took part, in merge order.
+        running: everything that the recipe describes was built; a later error is less likely its fault.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     origins: dict[Key, Origin] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    running: bool = False
 
     def origin(self, key: str) -> Origin | None:
         """Which file set ``key`` ("model.init_args.lr"), or the nearest group above it that a file set."""
@@ -67,14 +69,6 @@ class Recipe:
         for length in range(len(parts), 0, -1):
             if parts[:length] in self.origins:
                 return self.origins[parts[:length]]
-        return None
-
-    def origin_of_name(self, name: str) -> tuple[str, Origin] | None:
-        """The first key path that ends in ``name`` ("steps" or "init_args.steps") and the file that set it."""
-        ending = tuple(name.split("."))
-        for key, origin in self.origins.items():
-            if key[-len(ending) :] == ending:
-                return ".".join(key), origin
         return None
 
 

@@ -73,7 +73,10 @@ def test_forced_decisions_are_executed_and_the_network_gets_its_own_back(network
 
 
 def test_a_forced_pattern_must_name_and_fit_every_gate(network: SkipNet, images: Tensor) -> None:
-    with forced(network, {"block1": torch.ones(2, 1)}), pytest.raises(ValueError, match="no forced decision for gate 'block2'; the pattern names block1"):
+    with (
+        forced(network, {"block1": torch.ones(2, 1)}),
+        pytest.raises(ValueError, match="no forced decision for gate 'block2'; the pattern names block1"),
+    ):
         network(images[:2])
     with forced(network, {"block1": torch.ones(3, 1)}), pytest.raises(ValueError, match=r"gate 'block1' has shape \(3, 1\), the gate \(2, 1\)"):
         network(images[:2])

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gatewatt.attacks.directions import ComplexityOnly, ConflictMasking, Direction
 from gatewatt.attacks.losses import ComplexityLoss, GateLoss, PowerLoss
@@ -34,7 +35,7 @@ class AttackResult(NamedTuple):
 
 @contextmanager
 def under_attack(network: DynamicNetwork, decision: str | None = None) -> Iterator[None]:
-    """Eval mode, frozen parameters and gradients enabled within the block; everything as it was afterwards.
+    """Eval mode, frozen parameters, folded BatchNorm and gradients enabled within the block; everything as it was afterwards.
 
     Eval mode keeps BatchNorm statistics untouched and attacks the function that is deployed. Works inside ``no_grad`` and
     ``inference_mode``, so in every Lightning loop.
@@ -52,7 +53,7 @@ def under_attack(network: DynamicNetwork, decision: str | None = None) -> Iterat
             parameter.requires_grad_(False)
         if decision is not None:
             network.decision = decision_named(decision)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), folded(network):
             yield
     finally:
         network.decision = own
@@ -60,6 +61,30 @@ def under_attack(network: DynamicNetwork, decision: str | None = None) -> Iterat
             parameter.requires_grad_(flag)
         for module, training in flags.items():
             module.training = training
+
+
+@contextmanager
+def folded(network: nn.Module) -> Iterator[None]:
+    """Within the block, every BatchNorm that follows a convolution in an ``nn.Sequential`` is part of that convolution.
+
+    In eval mode BatchNorm is a fixed scale and shift per channel; its backward pass costs as much as a small convolution all the same. The
+    modules themselves are put back afterwards. Modules with hooks are left alone, so that what watches them still sees them.
+    """
+    swapped: list[tuple[nn.Sequential, int, nn.Conv2d, nn.BatchNorm2d]] = []
+    try:
+        for sequence in [module for module in network.modules() if type(module) is nn.Sequential]:
+            for index, (convolution, norm) in enumerate(zip(sequence[:-1], sequence[1:], strict=True)):
+                plain = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_var is not None
+                if plain and not any(module._forward_hooks or module._forward_pre_hooks for module in (convolution, norm)):
+                    # The fused weights lose channels_last otherwise, and every step would convert the activations.
+                    dense = torch.channels_last if convolution.weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+                    sequence[index] = fuse_conv_bn_eval(convolution, norm).requires_grad_(False).to(memory_format=dense)
+                    sequence[index + 1] = nn.Identity()
+                    swapped.append((sequence, index, convolution, norm))
+        yield
+    finally:
+        for sequence, index, convolution, norm in swapped:
+            sequence[index], sequence[index + 1] = convolution, norm
 
 
 class EnergyAttack:

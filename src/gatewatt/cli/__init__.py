@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from gatewatt.recipes import VERBS, Recipe, load_recipes
 
 PROGRAM = "gatewatt"
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class UsageError(ValueError):
@@ -59,7 +61,15 @@ HELP = {
         "  --seed N           seed of images and patterns\n"
         "  Exit code 1 if any count differs.\n",
     ),
-    "report": Help("render tables and figures from run folders", "report RUN [RUN ...]", ""),
+    "report": Help(
+        "render tables and figures from run folders",
+        "report FOLDER [FOLDER ...] [--out report]",
+        "  FOLDER             run folders, or folders that hold some at any depth\n"
+        "  --out FOLDER       where RESULTS.md, CSV files and figures are written (default: report)\n"
+        "  --title TEXT       first line of the report\n"
+        "  --formats LIST     of the figures: png, svg or png,svg\n"
+        "  --no-figures       tables only\n",
+    ),
 }
 
 
@@ -80,8 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dispatch(arguments, recipe)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except SystemExit as stop:
+        # Lightning turns an interrupt into exit(1).
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except Exception as error:
+        # Imported late: most runs make no mistake.
+        from gatewatt.cli.errors import explain
+
         line = explain(error, recipe)
         if line is None:
             raise
@@ -96,19 +115,15 @@ def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
         print(overview())
         return 0
     if verb in ("-V", "--version"):
-        from gatewatt import __version__
-
-        print(f"{PROGRAM} {__version__}")
+        print(f"{PROGRAM} {installed_version()}")
         return 0
     if verb not in HELP:
         raise UsageError(f"no verb {verb!r}; it must be one of {', '.join(HELP)}")
-    if any(argument in ("-h", "--help") for argument in rest) and verb != "report":
+    if "-h" in rest or "--help" in rest:
         print(f"usage: {PROGRAM} {HELP[verb].usage}\n\n{HELP[verb].line}\n\n{HELP[verb].text}", end="")
         return 0
     if verb == "report":
-        from gatewatt.reports import cli_main
-
-        return int(cli_main(rest) or 0)
+        return render(rest)
     names, rest = split_recipes(rest)
     recipe = Recipe() if recipe is None else recipe
     loaded = load_recipes(names)
@@ -145,16 +160,40 @@ def split_recipes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return names, rest
 
 
+def render(arguments: Sequence[str]) -> int:
+    """Run ``report``: its own small parser, since it needs neither recipes nor torch."""
+    parser = ArgumentParser(prog=f"{PROGRAM} report", add_help=False, exit_on_error=False)
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--out", default="report")
+    parser.add_argument("--title", default="Results")
+    parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--formats", default="png")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UsageError(f"report has no option {unknown[0]}; see {PROGRAM} report --help")
+    if not options.paths:
+        raise UsageError("report needs folders with runs, such as: gatewatt report runs")
+    from gatewatt.reports import report
+
+    written = report(options.paths, options.out, title=options.title, figures=not options.no_figures, formats=options.formats.split(","))
+    print("\n".join(map(str, written)))
+    return 0
+
+
+def installed_version() -> str:
+    """The version of the package, also where it runs from a source tree that was never installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("gatewatt")
+    except PackageNotFoundError:
+        return "(source tree, not installed)"
+
+
 def overview() -> str:
     """The short help of the whole command."""
-    lines = [f"usage: {PROGRAM} VERB ...", "", "Train, attack and defend networks that decide per image what to compute, and count what really ran.", ""]
+    purpose = "Train, attack and defend networks that decide per image what to compute, and count what really ran."
+    lines = [f"usage: {PROGRAM} VERB ...", "", purpose, ""]
     lines += [f"  {verb:<10}{entry.line}" for verb, entry in HELP.items()]
     lines += ["", f"  {PROGRAM} VERB --help    a verb's options", f"  {PROGRAM} --version", "", f"First steps: {PROGRAM} fit -c quickstart"]
     return "\n".join(lines)
-
-
-def explain(error: Exception, recipe: Recipe) -> str | None:
-    """One line for an error that the user can mend, or None for one that is a fault of gatewatt."""
-    from gatewatt.cli.errors import explain as explained
-
-    return explained(error, recipe)

@@ -1,13 +1,37 @@
-"""One line per mistake: what the libraries below say, shortened, with the recipe file that set the key."""
+"""One line per mistake: what the libraries below say, without their nesting, and with the recipe file and line that set the key."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import sys
+from difflib import get_close_matches
+from typing import Any, NamedTuple
 
-from gatewatt.recipes import Recipe, RecipeError
+from gatewatt.recipes import Key, Origin, Recipe, RecipeError
 
-LONGEST = 500  # characters of a message; jsonargparse appends whole lists of classes
+LONGEST = 400  # characters of one line
+_EXPECTED = (
+    ("jsonargparse", "ArgumentError"),
+    ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
+    ("gatewatt.flops", "UnpricedOperator"),
+)
+_SHELL = ("Does not validate against any", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+
+
+class Complaint(NamedTuple):
+    """The heart of a nested message.
+
+    Attributes:
+        key: path of the field, as far as it is known.
+        message: what is wrong with it.
+        given: whether a flag, rather than a recipe, gave the value.
+    """
+
+    key: Key
+    message: str
+    given: bool
 
 
 def explain(error: Exception, recipe: Recipe) -> str | None:
@@ -21,25 +45,142 @@ def explain(error: Exception, recipe: Recipe) -> str | None:
         return one_line(str(error))
     if not isinstance(error, expected()):
         return None
-    message = one_line(str(error)) or type(error).__name__
-    return message
+    complaint = condense(str(error) or type(error).__name__)
+    if complaint.key:
+        key = ".".join(complaint.key)
+        origin = None if complaint.given else recipe.origin(key)
+        return one_line(f"{origin}: {key}: {complaint.message}" if origin else f"--{key}: {complaint.message}")
+    if complaint.given or re.match(r"--|argument --|unrecognized arguments", complaint.message):
+        return one_line(complaint.message)
+    suspect = blame(complaint.message, recipe, certain=recipe.running)
+    if suspect is not None:
+        key, origin = suspect
+        return one_line(f"{origin}: {key}: {complaint.message.removeprefix(f'{key}: ')}")
+    return one_line(f"{recipe.files[-1]}: {complaint.message}" if recipe.files and not recipe.running else complaint.message)
 
 
 def expected() -> tuple[type[Exception], ...]:
     """Errors that stem from what the user gave. Libraries that were not imported cannot have raised theirs."""
-    kinds: list[type[Exception]] = [ValueError, TypeError, OSError]
-    for module, name in (
-        ("jsonargparse", "ArgumentError"),
-        ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
-        ("gatewatt.flops", "UnpricedOperator"),
-    ):
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None:
-            kinds.append(kind)
-    return tuple(kinds)
+    named = [getattr(sys.modules.get(module), name, None) for module, name in _EXPECTED]
+    return (ValueError, TypeError, OSError, *(kind for kind in named if kind is not None))
 
 
 def one_line(text: str) -> str:
     """Join lines, and cut what no one reads."""
     joined = re.sub(r"\s+", " ", text).strip()
     return joined if len(joined) <= LONGEST else joined[: LONGEST - 4] + " ..."
+
+
+def condense(text: str) -> Complaint:
+    r"""Find key and cause in jsonargparse's nested message; a message of another kind is returned as it is.
+
+    Example:
+        >>> condense('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: [1]')
+        Complaint(key=('trainer', 'max_steps'), message='must be int, got [1]', given=False)
+    """
+    key: list[str] = []
+    owner = ""
+    wanted: list[str] = []
+    value = ""
+    cause = ""
+    for line in text.splitlines():
+        content = line.strip().removeprefix("- ")
+        if match := re.match(r'Parser key "([^"]+)": ?(.*)', content):
+            key += ["init_args"] * bool(owner) + match[1].split(".")
+            owner, content = "", match[2]
+        elif match := re.match(r"Problem with given class_path '([^']+)': ?(.*)", content):
+            owner, content = match[1], match[2]
+        if match := re.match(r"Expected a (<class '[^']+'>|typing\.Literal\[.*\]|[\w.]+\[.*\])(?:\. Got value: (.*))?$", content):
+            if "NoneType" not in content:
+                wanted.append(readable(match[1]))
+                value = value or match[2] or ""
+            continue
+        if match := re.match(r"Given value: (.*)", content):
+            value = value or match[1]
+            if wanted:
+                break
+        if content and not content.startswith(_SHELL):
+            cause = content
+            break
+    given = "NestedArg(" in text
+    if not cause and wanted:
+        cause = f"must be {' or '.join(dict.fromkeys(wanted))}, got {nested_value(value)}"
+    if match := re.match(r"Option '([^']+)' is not accepted", cause):
+        unknown = match[1].split(".")[0]
+        key += ["init_args"] * bool(owner) + [unknown]
+        cause = f"{owner.rpartition('.')[2]} has no field {unknown!r}{suggestion(owner, unknown)}"
+    elif match := re.match(r"Subcommand '(\w+)' does not accept option '([^']+)'", cause):
+        key = match[2].split(".")
+        owner = "lightning.pytorch.Trainer" if key[0] == "trainer" and len(key) > 1 else ""
+        cause = f"there is no such field{suggestion(owner, key[1]) if owner else ''}"
+    elif match := re.match(r"the following arguments are required: (.*)", cause):
+        missing = re.sub(r"\b(?:fit|validate|test|predict)\.", "", match[1])
+        cause = "no task is given; add one, such as -c task/train" if missing == "model" else f"{missing} must be given"
+    elif owner and (match := re.match(r"module '[^']+' has no attribute '([^']+)'", cause)):
+        key.append("class_path")
+        cause = f"there is no class {owner}"
+    elif match := re.match(r"Import path (\S+) does not correspond to a subclass of (\w+)", cause):
+        key.append("class_path")
+        cause = f"{match[1]} is no {match[2]}"
+    elif match := re.match(r"Expected a dot import path string: (.*)", cause):
+        cause = f"there is no class {match[1]!r}; give its dotted path, such as gatewatt.networks.SkipNet"
+    return Complaint(tuple(key), cause or text, given)
+
+
+def readable(kind: str) -> str:
+    """A type as a user writes it: ``<class 'int'>`` is int, a Literal its values."""
+    if match := re.match(r"<class '(?:[\w.]+\.)?(\w+)'>", kind):
+        return match[1]
+    if match := re.match(r"typing\.Literal\[(.*)\]", kind):
+        return f"one of {match[1]}"
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", kind)
+
+
+def nested_value(value: str) -> str:
+    """The value within jsonargparse's wrapper for flags."""
+    match = re.match(r"NestedArg\(key='[^']*', val=(.*)\)$", value)
+    return match[1] if match else value
+
+
+def suggestion(class_path: str, name: str) -> str:
+    """The field of a class that ``name`` may have meant."""
+    module, _, attribute = class_path.rpartition(".")
+    try:
+        fields = list(inspect.signature(getattr(importlib.import_module(module), attribute)).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return ""
+    near = get_close_matches(name, fields, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; its fields are {', '.join(fields)}" if len(fields) <= 20 else ""
+
+
+def blame(message: str, recipe: Recipe, *, certain: bool) -> tuple[str, Origin] | None:
+    """The one field of a recipe that a message speaks of, if it is clear which: by its name, its value, or both.
+
+    Args:
+        message: what a constructor said, such as "depth must be 6n + 2, got 9".
+        recipe: the merged recipe.
+        certain: ask for name and value.
+    """
+    # A message names its argument first and often explains with others, so a name in the first place counts double.
+    words = re.findall(r"[\w./-]*\w", message)
+    scores: dict[Key, int] = {}
+    for key, value in leaves(recipe.settings):
+        named = (2 if words[:1] == [key[-1]] else 1) if key[-1] in words else 0
+        # Short values such as 1 or true occur by chance.
+        valued = len(str(value)) > 1 and str(value).rstrip("/") in words
+        assigned = f"{key[-1]}={value!r}" in message
+        if assigned or (named and valued) or (not certain and (named or valued)):
+            scores[key] = named + 2 * valued + 4 * assigned
+    best = [key for key in scores if scores[key] == max(scores.values())]
+    if len(best) != 1 or best[0] not in recipe.origins:
+        return None
+    return ".".join(best[0]), recipe.origins[best[0]]
+
+
+def leaves(value: Any, key: Key = ()) -> list[tuple[Key, Any]]:
+    """Every plain value of a document with its key path."""
+    if isinstance(value, dict):
+        return [leaf for name, below in value.items() for leaf in leaves(below, (*key, name))]
+    if isinstance(value, list):
+        return [leaf for index, below in enumerate(value) for leaf in leaves(below, (*key, str(index)))] or [(key, value)]
+    return [(key, value)]

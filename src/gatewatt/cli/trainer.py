@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,44 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gatewatt.recipes import Recipe
+from gatewatt.recipes import Recipe, RecipeError
 
-# Names that recipes may give without their module are those of classes already imported.
-import gatewatt.data
-import gatewatt.networks
-import gatewatt.objectives
-import gatewatt.tasks  # noqa: F401
+FOLDER_VARIABLE = "GATEWATT_RUN_FOLDER"  # tells the processes that Lightning starts which folder the first one reserved
+SIGTERM_CODE = 143  # 128 + 15; Lightning itself ends a terminated run with 0
 
-FOLDER_VARIABLE = "GATEWATT_RUN_FOLDER"
+_NOISE = (
+    "Tip:",  # advertises litlogger and litmodels at every start
+    "Seed set to",  # written to recipe.yaml
+    "TPU available",  # always false where torch_xla is missing, so no news
+)
+_WARNINGS = (
+    # Lightning 2.6 asks torch whether a tree node is a leaf in the old way; nothing that a user could change.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # fvcore decorates helpers with torch.jit when it is imported and traces with it.
+    r"`torch\.jit\.\w+` is (deprecated|not supported)",
+    # The tasks bring batches into the memory format of the weights; the data modules have no such hook.
+    r"You have overridden `on_after_batch_transfer` in `LightningModule`",
+    # The images of small data sets are in memory: one process loads a batch in a millisecond.
+    r"The '\w+' does not have many workers",
+    # The folder is the run's own; what lies in it is the recipe that was just written.
+    r"(Experiment logs|Checkpoint) directory .* exists and is not empty",
+)
+
+
+def quiet() -> None:
+    """Keep from the terminal what is no news: advertising, and warnings that a user can do nothing about."""
+    for pattern in _WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        # On the handlers: a filter of a logger does not see what its children log.
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(present, _Noise) for present in handler.filters):
+                handler.addFilter(_Noise())
+
+
+class _Noise(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(phrase in record.getMessage() for phrase in _NOISE)
 
 
 class RunFolder(L.Callback):
@@ -95,8 +127,17 @@ class RecipeCLI(LightningCLI):
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what was given to the constructor, whatever is in ``sys.argv``."""
+        """Parse what was given to the constructor, whatever is in ``sys.argv``, and refuse what jsonargparse lets through."""
         self.config = parser.parse_args(args)
+        config = self.config[self.verb]
+        for key in empty_mappings(self.recipe.settings):
+            # An unknown key that holds an empty mapping vanishes without a word.
+            if ".".join(key) not in config:
+                raise RecipeError(f"{self.recipe.origins[key]}: {'.'.join(key)}: there is no such field")
+        for name, value in config.items():
+            # Recipes are checked when they are read; this is for flags.
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name}: numbers must be finite, got {value}")
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint: hyper-parameters stored there would beat flags given on the command line."""
@@ -108,8 +149,10 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what would fail late or do harm."""
         checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint and "://" in str(checkpoint):
+        if checkpoint is not None and "://" in str(checkpoint):
             raise ValueError(f"ckpt_path: {checkpoint} is an address on the net; download it and give the file's path")
+        if checkpoint is not None and checkpoint not in ("last", "best", "hpc") and not Path(checkpoint).is_file():
+            raise ValueError(f"ckpt_path: there is no file {checkpoint}")
         if self._get(self.config, "trainer").get("default_root_dir") is not None:
             raise ValueError("trainer.default_root_dir: the run folder is chosen with --run NAME (or run: NAME in a recipe)")
 
@@ -133,17 +176,31 @@ class RecipeCLI(LightningCLI):
         if rank_zero_only.rank > 0 and FOLDER_VARIABLE in os.environ:
             # Lightning started this process from the first one, which had reserved the folder.
             return Path(os.environ[FOLDER_VARIABLE])
-        name = self._get(self.config, "run") or (self.recipe.files[-1].stem if self.recipe.files else self.verb)
+        name = self.run_name()
         if rank_zero_only.rank > 0:
             return Path("runs") / name
         folder = reserve_folder(name)
         os.environ[FOLDER_VARIABLE] = str(folder)
         return folder
 
+    def run_name(self) -> str:
+        """The name given, else the recipe's; "recipe.yaml" in a run's folder has the folder's."""
+        name = self._get(self.config, "run")
+        if name is None and self.recipe.files:
+            path = self.recipe.files[-1].resolve()
+            name = path.parent.name if path.name == "recipe.yaml" else path.stem
+        return name or self.verb
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; from here on the recipe is no longer the first suspect of an error."""
+        self.recipe.running = True
+        super()._run_subcommand(subcommand)
+
     def resolved(self) -> str:
         """The recipe with every default written out, as it runs; usable as a recipe again."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_validation=True))[self.verb]
         settings.pop("config", None)
+        settings["run"] = self.run_name()
         header = f"# Written by gatewatt {self.verb}; every field as it ran. Repeat with: gatewatt {self.verb} -c recipe.yaml\n"
         return header + yaml.safe_dump(settings, sort_keys=False)
 
@@ -154,11 +211,21 @@ def check_classes(task: L.LightningModule, data: L.LightningDataModule | None) -
     classes = getattr(network, "arguments", {}).get("num_classes")
     there = getattr(data, "num_classes", None)
     if classes is not None and there is not None and classes != there:
-        raise ValueError(f"the network has num_classes {classes}, the data {getattr(data, 'name', '')} {there}; set the network's num_classes to {there}")
+        name = getattr(data, "name", type(data).__name__)
+        raise ValueError(f"num_classes of the network is {classes}, the data {name} has {there} classes; set num_classes to {there}")
+
+
+def empty_mappings(settings: dict[str, Any], key: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Key paths of all mappings of a recipe that hold nothing."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from empty_mappings(value, (*key, name))
+            if not value and name not in ("init_args", "dict_kwargs"):
+                yield (*key, name)
 
 
 def run(verb: str, recipe: Recipe, flags: Sequence[str]) -> int:
     """Run a trainer verb; returns the exit code."""
-    flags = ["--help" if flag == "--help-all" else flag for flag in flags]
-    RecipeCLI(verb, recipe, flags)
-    return 0
+    quiet()
+    command = RecipeCLI(verb, recipe, ["--help" if flag == "--help-all" else flag for flag in flags])
+    return SIGTERM_CODE if command.trainer.received_sigterm else 0

@@ -44,10 +44,10 @@ def resized(image: Image.Image, size: int, shorter: int) -> Image.Image:
     """Resize the shorter side to ``shorter`` (bilinear) unless it is so already, then crop the centre to ``size`` x ``size``."""
     width, height = image.size
     if min(width, height) != shorter:
-        scale = shorter / min(width, height)
-        width, height = max(shorter, round(width * scale)), max(shorter, round(height * scale))
+        # Truncated, and centred with round() below, as torchvision does: the same crop to the pixel.
+        width, height = shorter * width // min(image.size), shorter * height // min(image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return image if (width, height) == (size, size) else image.crop((left, top, left + size, top + size))
 
 

@@ -94,29 +94,25 @@ class ImageData(LightningDataModule, ABC):
     def split(self, split: Split) -> Images:
         """The images of a split, loaded once."""
         if split not in self._splits:
-            images = self.source(split) if split == "test" else None
+            images = None if split == "train" else self.source(split)
             if images is None:
-                self._split_training(validation=split == "val")
+                self._load_training()
             else:
                 self._splits[split] = images
         return self._splits[split]
 
-    def _split_training(self, validation: bool) -> None:
-        """Fill in ``val``, and ``train`` where it is loaded anyway."""
-        own = self.source("val")
-        if own is not None:
-            self._splits["val"] = own
-            if validation:
-                return
+    def _load_training(self) -> None:
+        """Fill in ``train``, and ``val`` if it is not there yet: from its own images, or split off the training images."""
         training = self.source("train")
         if training is None:
             raise ValueError(f"{self.name} has no training images; it can only be tested on")
-        if own is None:
+        validation = self._splits["val"] if "val" in self._splits else self.source("val")
+        if validation is None:
             if self.val_images >= len(training):
                 raise ValueError(f"val_images {self.val_images} leaves nothing of the {len(training)} training images; choose fewer")
             kept, taken = stratified(training.labels, self.val_images, self.split_seed)
-            self._splits["val"], training = training.at(taken), training.at(kept)
-        self._splits["train"] = training.augmented(self.augmentation)
+            training, validation = training.at(kept), training.at(taken)
+        self._splits["train"], self._splits["val"] = training.augmented(self.augmentation), validation
 
     def _loader(self, images: Images, order: BatchOrder) -> BatchLoader:
         # Without a generator of its own a loader draws from the global one.
@@ -133,15 +129,20 @@ class ImageData(LightningDataModule, ABC):
         images = self.split(split)
         return self._loader(images, BatchOrder(subset(len(images), count, self.split_seed), self.eval_batch_size))
 
-    def _trained(self) -> int:
+    def _trained(self, order: BatchOrder) -> int:
         """Batches of the current epoch that the trainer has already trained on: more than 0 in a resumed run only."""
         trainer = self.trainer
-        return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer is not None and trainer.training else 0
+        # A callback may iterate over a second training loader in the middle of an epoch: that one begins at the beginning.
+        if trainer is None or not trainer.training or getattr(trainer.train_dataloader, "sampler", None) is not order:
+            return 0
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled and augmented batches of ``batch_size``; the last incomplete one is dropped."""
         images = self.split("train")
-        return self._loader(images, BatchOrder(torch.arange(len(images)), self.batch_size, seed=self.seed, shuffle=True, start=self._trained))
+        order = BatchOrder(torch.arange(len(images)), self.batch_size, seed=self.seed, shuffle=True)
+        order.start = lambda: self._trained(order)
+        return self._loader(images, order)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """The validation images or their subset; no loader if there are none."""

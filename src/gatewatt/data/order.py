@@ -42,17 +42,19 @@ def process() -> tuple[int, int]:
 
 # A DistributedSampler by type only: Lightning replaces the sampler of a loader on several processes by its own, which repeats images, unless it
 # finds this type. Nothing of the parent is used.
-class BatchOrder(DistributedSampler):  # type: ignore[type-arg]
+class BatchOrder(DistributedSampler):
     """The batches of one pass over a split, as this rank sees them.
 
     Args:
         indices: int64 (N,), the positions to visit; in this order unless ``shuffle``.
         batch_size: images per batch, at least 1.
         seed: seed of the shuffling.
-        start: asked at the beginning of each training pass for how many of this rank's batches to leave out, because a resumed run has already
-            trained on them.
         shuffle: training order: shuffled anew in each epoch, the last incomplete batch dropped, equally many batches on each rank. Otherwise
             every image exactly once over all ranks.
+
+    Attributes:
+        start: asked at the beginning of a training pass for how many of this rank's batches to leave out, because a resumed run has already
+            trained on them; None for none.
 
     Raises:
         ValueError: on a batch size below 1; and, when iterated, if there are fewer batches than processes.
@@ -63,14 +65,14 @@ class BatchOrder(DistributedSampler):  # type: ignore[type-arg]
         [[0, 1], [2, 3], [4]]
     """
 
-    def __init__(self, indices: Tensor, batch_size: int, *, seed: int = 0, shuffle: bool = False, start: Callable[[], int] | None = None) -> None:
+    def __init__(self, indices: Tensor, batch_size: int, *, seed: int = 0, shuffle: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.indices = indices
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.start = start
+        self.start: Callable[[], int] | None = None
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -159,7 +159,9 @@ def bootstrap_sums(columns: Column, *, draws: int = 2000, seed: int = 0) -> Colu
 
 def ratio_percent(numerator: Column, denominator: Column) -> Column:
     """``100 * numerator / denominator`` elementwise, NaN where the denominator is 0."""
-    return 100 * np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+    percent = np.full(numerator.shape, np.nan)
+    np.divide(100 * numerator, denominator, out=percent, where=denominator > 0)
+    return percent
 
 
 def percentile_interval(samples: Column, level: float = 95.0) -> tuple[float, float]:
@@ -173,9 +175,7 @@ def percentile_interval(samples: Column, level: float = 95.0) -> tuple[float, fl
     return float(low), float(high)
 
 
-def bootstrap_interval(
-    clean: Any, adversarial: Any, dense: Any, *, draws: int = 2000, seed: int = 0, level: float = 95.0
-) -> tuple[float, float]:
+def bootstrap_interval(clean: Any, adversarial: Any, dense: Any, *, draws: int = 2000, seed: int = 0, level: float = 95.0) -> tuple[float, float]:
     """Percentile bootstrap interval of :func:`recovery_percent` over images.
 
     It tells how the figure varies with the choice of images; other training seeds and attack seeds are not in it.

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -290,27 +290,27 @@ def read_records(path: str | Path) -> list[ImageRecord]:
     return rows
 
 
-def merge_records(parts: Iterable[Sequence[ImageRecord]], expected: int) -> list[ImageRecord]:
+def merge_records(parts: Iterable[Sequence[ImageRecord]], expected: int | Iterable[int]) -> list[ImageRecord]:
     """Put the rows of several processes together, sorted by image id.
 
     Args:
         parts: rows of each process, in any order.
-        expected: number N of images; the ids must be exactly 0..N-1.
+        expected: number N of images, whose ids must be exactly 0..N-1; or the ids themselves, for a subset of a split.
 
     Raises:
-        RecordError: if an id is missing, doubled or beyond N - 1.
+        RecordError: if an id is missing, doubled or not expected.
     """
     rows = sorted(chain.from_iterable(parts), key=lambda row: row.id)
     ids = [row.id for row in rows]
-    if ids != list(range(expected)):
-        present = set(ids)
+    wanted = sorted(range(expected) if isinstance(expected, int) else expected)
+    if ids != wanted:
         faults = {
-            "missing": sorted(set(range(expected)) - present),
-            "doubled": sorted({first for first, second in zip(ids, ids[1:], strict=False) if first == second}),
-            "beyond the last": sorted(image for image in present if image >= expected),
+            "missing": sorted(set(wanted) - set(ids)),
+            "doubled": sorted({first for first, second in pairwise(ids) if first == second}),
+            "not expected": sorted(set(ids) - set(wanted)),
         }
         named = "; ".join(f"{what} {_few(images)}" for what, images in faults.items() if images)
-        raise RecordError(f"{len(rows)} rows for {expected} images (ids 0..{expected - 1}): {named}")
+        raise RecordError(f"{len(rows)} rows for {len(wanted)} images: {named}")
     return rows
 
 

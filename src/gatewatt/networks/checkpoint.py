@@ -76,17 +76,14 @@ def save(network: DynamicNetwork, path: str | Path, *, card: Mapping[str, Any], 
         "dtype": "float16" if half else "float32",
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    try:
-        rendered = json.dumps({**facts, **card}, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the card of {target.name} must hold JSON values and finite numbers only: {error}") from error
+    rendered = rendered_card({**facts, **card}, target)
     for file in (target, beside):
         if file.exists() and not overwrite:
             raise CheckpointError(f"{file} exists; choose another name or pass overwrite=True")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Weights first: if the second write never happens, what is left is refused for its card, missing or of another file.
     write_atomically(target, weights)
-    write_atomically(beside, rendered.encode())
+    write_atomically(beside, rendered)
     return json.loads(rendered)
 
 
@@ -158,6 +155,29 @@ def card_of(path: str | Path) -> dict[str, Any]:
     return card
 
 
+def amend_card(path: str | Path, **facts: Any) -> dict[str, Any]:
+    """Add facts to the card of a checkpoint, such as figures measured later; the weights are verified against it first.
+
+    Args:
+        path: as for :func:`load`.
+        **facts: what to write; a fact of that name is replaced.
+
+    Returns:
+        The card as written.
+
+    Raises:
+        CheckpointError: if the checkpoint is not sound, a fact is not JSON, or it is one that :func:`save` writes itself.
+    """
+    file = locate(path)
+    verified(file)
+    taken = [key for key in RESERVED if key in facts]
+    if taken:
+        raise CheckpointError(f"a card's {', '.join(map(repr, taken))} belong to the weights and cannot be amended")
+    rendered = rendered_card({**card_of(file), **facts}, file)
+    write_atomically(card_path(file), rendered)
+    return json.loads(rendered)
+
+
 def weights_path(path: str | Path) -> Path:
     """``path`` as a :class:`~pathlib.Path`, refused unless it names a local safetensors file."""
     refuse_url(path)
@@ -175,6 +195,14 @@ def card_path(weights: Path) -> Path:
         'skipnet-38-cifar10.json'
     """
     return weights.with_suffix(".json")
+
+
+def rendered_card(card: Mapping[str, Any], weights: Path) -> bytes:
+    """A card as the bytes of its file: sorted, so that equal cards are equal bytes."""
+    try:
+        return (json.dumps(card, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the card of {weights.name} must hold JSON values and finite numbers only: {error}") from error
 
 
 def network_classes() -> dict[str, type[DynamicNetwork]]:
@@ -302,6 +330,9 @@ def write_atomically(file: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    # Without this a power cut can lose the rename; Windows cannot open folders, and does not need to.
+    if os.name == "nt":
+        return
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,10 @@ import numpy as np
 from gatewatt.metrics.estimates import Column, recovery_percent
 from gatewatt.metrics.record import SUMMARY_KEYS, ImageRecord, columns_of, merge_records, read_records
 
-RANKING = ("GradMDM", "PowerOnly", "CGMOnly", "Eq6", "Eq5")
-"""The paper's attacks from strongest to weakest at equal MSE (Tables 4 and 9); names as in ``gatewatt.attacks``."""
+RANKING = ("GradMDM", "Power", "CGM", "Eq6", "Eq5")
+"""The paper's attacks from strongest to weakest at equal MSE (Tables 4 and 9), by the names that their settings carry."""
+
+ALIASES = {"PowerOnly": "Power", "CGMOnly": "CGM"}
 
 STRENGTHS = ("gamma", "eps")
 """Settings that a sweep varies: runs that differ in nothing else are points of one line."""
@@ -63,11 +65,10 @@ class Run:
     def attack(self) -> Attack:
         """What attacked."""
         name, settings = _named(self.summary["attack"])
+        name = ALIASES.get(name, name)
         strength = {key: value for key, value in settings.items() if key.rpartition(".")[2] in STRENGTHS and _is_number(value)}
         rest = {key: _text(value) for key, value in settings.items() if key not in strength}
-        return Attack(
-            name, tuple((key.rpartition(".")[2], float(value)) for key, value in sorted(strength.items())), tuple(sorted(rest.items()))
-        )
+        return Attack(name, tuple((key.rpartition(".")[2], float(value)) for key, value in sorted(strength.items())), tuple(sorted(rest.items())))
 
     @cached_property
     def flops(self) -> Column:
@@ -81,8 +82,11 @@ class Run:
 
     @property
     def network(self) -> str:
-        """Network with its settings, as one text."""
-        return describe(self.summary["network"])
+        """What people call the network: the name of its weights if it has any, else the network with its settings."""
+        network = self.summary["network"]
+        checkpoint = network.get("checkpoint") if isinstance(network, Mapping) else None
+        # The last two parts of a path tell runs/a/last from runs/b/last, without the machine's own folders.
+        return "/".join(PurePath(str(checkpoint)).with_suffix("").parts[-2:]) if checkpoint else describe(network)
 
     @property
     def dataset(self) -> str:
@@ -99,13 +103,18 @@ class Run:
         """Seed of the run, as text."""
         return describe(self.summary["seed"])
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Image ids, ascending."""
+        return tuple(row.id for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Panel:
     """Runs on the same images of the same network behind the same defense.
 
     Attributes:
-        network: name of the network.
+        network: name of the network or of its weights.
         dataset: name of the dataset.
         defense: name of the defense, ``none`` without.
         seed: of the runs.
@@ -207,7 +216,11 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         raise ReportError(f"{path}: images must be a whole number of 1 or more, got {images!r}")
     records = path.with_name("records.csv")
     try:
-        rows = merge_records([read_records(records)], images)
+        found = read_records(records)
+        if len(found) != images:
+            raise ReportError(f"{records}: {len(found)} rows, but summary.json counts {images} images")
+        # A run may attack part of a split, so gaps between ids are fine; doubles are not.
+        rows = merge_records([found], {row.id for row in found})
     except ValueError as error:
         raise ReportError(str(error) if str(error).startswith(str(records)) else f"{records}: {error}") from None
     run = Run(name or Path(folder).resolve().name, summary, tuple(rows))
@@ -222,12 +235,14 @@ def collect(paths: Iterable[str | Path]) -> list[Run]:
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
     """Group runs into panels: same network, dataset, defense, seed and number of images; undefended before defended."""
-    groups: dict[tuple[str, str, bool, str, str, int], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, bool, str, str, int], list[Run]] = defaultdict(list)
     for run in runs:
-        groups[(run.dataset, run.network, run.defense != "none", run.defense, run.seed, len(run.rows))].append(run)
+        # The full description counts, the short name only sorts: two networks may share a file name.
+        described = describe(run.summary["network"])
+        groups[run.dataset, run.network, described, run.defense != "none", run.defense, run.seed, len(run.rows)].append(run)
     return [
         Panel(network, dataset, defense, seed, images, tuple(sorted(group, key=_order)))
-        for (dataset, network, _, defense, seed, images), group in sorted(groups.items())
+        for (dataset, network, _, _, defense, seed, images), group in sorted(groups.items())
     ]
 
 
@@ -257,11 +272,12 @@ def _named(value: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names; None means "not given" and is left out."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             flat.update(_flat(value, f"{prefix}{key}."))
-        else:
+        elif value is not None:
             flat[f"{prefix}{key}"] = value
     return flat
 

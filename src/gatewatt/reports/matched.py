@@ -114,7 +114,7 @@ def match(
         else:
             curves[method] = distinct
     if len(curves) < 2:
-        return Matched(image, (), (), (), (*notes, f"{len(curves)} method(s) with a line: nothing to compare"))
+        return Matched(image, (), (), (), (*notes, "fewer than two methods have a line: nothing to compare"))
 
     low = max(_mean_mse(runs[0], image) for runs in curves.values())
     high = min(_mean_mse(runs[-1], image) for runs in curves.values())
@@ -198,12 +198,15 @@ def _distinct(runs: list[Run], image: Image) -> list[Run]:
 def _not_one_network(panel: Panel) -> str | None:
     first = panel.runs[0]
     for run in panel.runs[1:]:
+        if run.ids != first.ids:
+            return f"not compared: {first.name} and {run.name} attacked different images, which cannot be paired"
         if [row.label for row in run.rows] != [row.label for row in first.rows]:
             return f"not compared: {first.name} and {run.name} name the same data but their labels differ"
         differing = int((~np.isclose(run.flops[:, :2], first.flops[:, :2], rtol=1e-9)).any(axis=1).sum())
         # A gate on its threshold may flip between machines; more than that is another network under the same name.
         if differing > 0.01 * panel.images:
-            return f"not compared: {first.name} and {run.name} name the same network but their clean FLOPs differ for {differing} of {panel.images} images"
+            of = f"{differing} of {panel.images} images"
+            return f"not compared: {first.name} and {run.name} name the same network but their clean FLOPs differ for {of}"
     if not below_full(first.flops[:, 1], first.flops[:, 0]).any():
         return "not compared: every clean image is at full FLOPs, so recovery is undefined"
     return None

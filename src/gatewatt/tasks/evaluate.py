@@ -49,6 +49,7 @@ class CleanEvaluation(nn.Module):
         self.ledger, self.num_classes = ledger, num_classes
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.flops, self.usage = MeanFlops(), GateUsage(sum(ledger.units.values()))
+        self.charged = nn.ModuleList([MeanFlops() for _ in ledger.units])
         self.meter = ExecutionMeter(network, ledger)
 
     def step(self, batch: Batch) -> tuple[DynamicOutput, Tensor]:
@@ -65,10 +66,12 @@ class CleanEvaluation(nn.Module):
         self.accuracy.update(output.logits, batch.labels)
         self.flops.update(flops)
         self.usage.update(gate_table(output.gates).executed)
+        for metric, charged in zip(self.charged, self.ledger.per_gate(output.gates).values(), strict=True):
+            metric.update(charged)
         return output, flops
 
     def reset(self) -> None:
         """Start from zero."""
-        for metric in (self.accuracy, self.flops, self.usage):
+        for metric in (self.accuracy, self.flops, self.usage, *self.charged):
             metric.reset()
         self.meter.reset()

@@ -1,0 +1,52 @@
+"""What every task has: a network in its memory format, its price list, and the running clean figures."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
+import torch
+
+from gatewatt.data.batch import Batch
+from gatewatt.flops import FlopsLedger, price
+from gatewatt.gating import DynamicNetwork
+from gatewatt.networks.checkpoint import load_weights
+from gatewatt.tasks.evaluate import CleanEvaluation
+
+
+class NetworkTask(L.LightningModule):
+    """A LightningModule around one dynamic network, priced on the first image that arrives.
+
+    Args:
+        network: the network.
+        checkpoint: weights to load into it: a shipped name or a ``.safetensors`` path of the same architecture.
+        channels_last: keep weights and images in that memory format (faster on CPU and GPU).
+    """
+
+    ledger: FlopsLedger
+    evaluation: CleanEvaluation
+
+    def __init__(self, network: DynamicNetwork, *, checkpoint: str | None = None, channels_last: bool = True) -> None:
+        super().__init__()
+        if checkpoint is not None:
+            load_weights(network, checkpoint)
+        self.checkpoint = checkpoint
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self._priced_at: tuple[int, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes K of the network."""
+        return int(self.network.arguments["num_classes"])
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Bring the images into the memory format of the weights; price the network on the first of a new resolution."""
+        if self._priced_at != batch.images.shape[2:]:
+            self.ledger = price(self.network, batch.images[:1])
+            self.evaluation = CleanEvaluation(self.network, self.ledger, self.num_classes).to(self.device)
+            self._priced_at = tuple(batch.images.shape[2:])
+        return batch._replace(images=batch.images.contiguous(memory_format=self.memory_format))
+
+    def reset_evaluation(self) -> None:
+        """Start the clean figures from zero; before the first batch there are none."""
+        if self._priced_at is not None:
+            self.evaluation.reset()

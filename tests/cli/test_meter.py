@@ -1,0 +1,100 @@
+"""The verbs price and audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gatewatt.cli import main, meter
+from gatewatt.flops import price
+from gatewatt.networks import SkipNet
+from gatewatt.networks.checkpoint import save
+
+SMALL = """\
+model:
+  init_args:
+    network:
+      class_path: gatewatt.networks.SkipNet
+      init_args: {depth: 8, num_classes: 10, width: 4}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(SMALL)
+
+
+def figures(text: str) -> dict[str, int]:
+    """First column -> MACs of a printed price table."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
+    return {row[0]: int(row[2].replace(",", "")) for row in rows}
+
+
+def test_prices_are_the_ledger_s_and_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["price", "-c", "small.yaml", "--size", "16"]) == 0
+    text = capsys.readouterr().out
+    printed, ledger = figures(text), price(SkipNet(8, width=4).eval(), torch.rand(1, 3, 16, 16))
+    assert {name: macs for name, macs in printed.items() if "." in name} == ledger.prices
+    assert printed["everything open"] == ledger.dense
+    assert printed["everything closed"] == ledger.fixed == printed["always computed"] + printed["the gates themselves"]
+    assert printed["everything open"] == printed["everything closed"] + sum(ledger.prices.values())
+    assert "1 FLOP = 1 multiply-accumulate" in text
+
+
+def test_flags_change_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["price", "-c", "small.yaml", "--model.network.depth", "14"]) == 0
+    assert "trunk.blocks.5.residual" in figures(capsys.readouterr().out)
+
+
+def test_a_checkpoint_is_priced_without_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(SkipNet(8, width=4), tmp_path / "tiny.safetensors", card={})
+    assert main(["price", "--checkpoint", "tiny.safetensors"]) == 0
+    assert figures(capsys.readouterr().out)["everything open"] == price(SkipNet(8, width=4).eval(), torch.rand(1, 3, 32, 32)).dense
+
+
+def test_an_audit_of_own_and_forced_decisions_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "-c", "small.yaml", "--images", "3", "--patterns", "4", "--size", "16"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of " in line]
+    assert len(lines) == 5
+    assert all("3 of 3" in line and "4 of 4" in line for line in lines)
+
+
+def test_an_audit_uses_the_data_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "-c", "small.yaml", "-c", "data/digits", "--images", "2", "--patterns", "0"]) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    assert main(["audit", "-c", "small.yaml", "-c", "data/digits", "--images", "500"]) == 2
+    assert capsys.readouterr().err == "gatewatt: error: images must be at most 400, the size of the test set, got 500\n"
+
+
+def test_one_difference_fails_an_audit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    true = meter.compare_routes
+    calls = iter(range(10))
+    monkeypatch.setattr(meter, "compare_routes", lambda *given: true(*given)._replace(traced=1) if next(calls) == 3 else true(*given))
+    assert main(["audit", "-c", "small.yaml", "--images", "2", "--patterns", "3", "--size", "16"]) == 1
+    text = capsys.readouterr().out
+    assert "2 of 3" in text
+    assert "1 of 5 passes disagree; the first is pass 3: Routes(ledger=" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["price"], "no network is given"),
+        (["price", "--checkpoint", "nowhere"], "nowhere"),
+        (["price", "-c", "small.yaml", "--size", "0"], "--size: "),
+        (["audit", "-c", "small.yaml", "--images", "-1"], "--images: "),
+        (["audit", "-c", "small.yaml", "--images", "0", "--patterns", "0"], "images and patterns are both 0"),
+        (["price", "-c", "small.yaml", "--model.network.depth", "9"], "depth must be 6n + 2"),
+        (["price", "-c", "small.yaml", "--model.network.depht", "8"], "did you mean depth?"),
+        (["price", "-c", "small.yaml", "--images", "8"], "unrecognized arguments: --images 8"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("gatewatt: error: ")
+    assert err.count("\n") == 1

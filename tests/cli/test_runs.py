@@ -1,0 +1,111 @@
+"""What a run leaves behind, and what it leaves alone."""
+
+from __future__ import annotations
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+
+from gatewatt.cli import main, trainer
+from gatewatt.cli.trainer import reserve_folder
+from gatewatt.recipes import load_recipes
+from tests.cli.recipes import BASE
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first.yaml").write_text(BASE)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_has_its_own_folder_and_a_second_one_leaves_it_alone(tmp_path: Path) -> None:
+    assert main(["fit", "-c", "first.yaml"]) == 0
+    first = contents(tmp_path / "runs" / "first")
+    assert {"recipe.yaml", "metrics.csv"} <= first.keys()
+    assert any(name.startswith("tensorboard/events") for name in first)
+    assert any(name.startswith("checkpoints/") and name.endswith(".ckpt") for name in first)
+    assert main(["fit", "-c", "first.yaml"]) == 0
+    assert contents(tmp_path / "runs" / "first") == first
+    second = contents(tmp_path / "runs" / "first-2")
+    assert {"recipe.yaml", "metrics.csv"} <= second.keys()
+
+
+def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
+    assert main(["fit", "-c", "first.yaml", "--run", "a", "--model.optimization.lr", "0.003", "--trainer.max_steps", "2"]) == 0
+    resolved = load_recipes([tmp_path / "runs" / "a" / "recipe.yaml"]).settings
+    assert resolved["model"]["init_args"]["optimization"]["init_args"]["lr"] == 0.003
+    assert resolved["trainer"]["max_steps"] == 2
+    assert resolved["model"]["init_args"]["network"]["init_args"]["gate"] == "recurrent"
+    assert resolved["seed_everything"] == 0
+    assert main(["fit", "-c", "runs/a/recipe.yaml"]) == 0
+    again = load_recipes([tmp_path / "runs" / "a-2" / "recipe.yaml"]).settings
+    assert again == resolved
+    losses = [list(csv.DictReader((tmp_path / "runs" / name / "metrics.csv").open()))[-1] for name in ("a", "a-2")]
+    assert losses[0] == losses[1]
+
+
+def test_flags_win_over_recipes_and_later_recipes_over_earlier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "second.yaml").write_text("trainer: {max_steps: 5, min_steps: 4}")
+    assert main(["fit", "-c", "first.yaml", "-c", "second.yaml", "--trainer.max_steps", "7", "--print_config"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    printed = load_recipes(["printed.yaml"]).settings
+    assert (printed["trainer"]["max_steps"], printed["trainer"]["min_steps"]) == (7, 4)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_name_of_a_run(tmp_path: Path) -> None:
+    assert reserve_folder("x") == Path("runs/x")
+    assert reserve_folder("x") == Path("runs/x-2")
+    assert reserve_folder("x") == Path("runs/x-3")
+    assert reserve_folder("elsewhere/y") == Path("elsewhere/y")
+    assert reserve_folder(str(tmp_path / "z")) == tmp_path / "z"
+
+
+def test_a_file_in_the_way_is_not_overwritten() -> None:
+    Path("runs").mkdir()
+    Path("runs/x").write_text("precious")
+    assert reserve_folder("x") == Path("runs/x-2")
+    assert Path("runs/x").read_text() == "precious"
+
+
+def test_nothing_is_taken_from_a_checkpoint_but_its_state(tmp_path: Path) -> None:
+    assert main(["fit", "-c", "first.yaml", "--run", "a"]) == 0
+    checkpoint = next((tmp_path / "runs" / "a" / "checkpoints").glob("*.ckpt"))
+    assert main(["fit", "-c", "first.yaml", "--run", "b", "--ckpt_path", str(checkpoint), "--trainer.max_steps", "2"]) == 0
+    assert load_recipes(["runs/b/recipe.yaml"]).settings["trainer"]["max_steps"] == 2
+    assert any("step=2" in path.name for path in (tmp_path / "runs" / "b" / "checkpoints").glob("*.ckpt"))
+
+
+def test_an_interrupted_run_says_so_by_its_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(self: object, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(trainer.RunFolder, "on_train_batch_start", interrupt)
+    try:
+        assert main(["fit", "-c", "first.yaml"]) == 130
+    finally:
+        # Lightning ignores further interrupts while it shuts down.
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.endswith("gatewatt: interrupted\n")
+
+
+def test_an_error_during_the_run_does_not_blame_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(self: object, *arguments: object) -> None:
+        raise ValueError("the depth of despair")
+
+    monkeypatch.setattr(trainer.RunFolder, "on_train_batch_start", fail)
+    assert main(["fit", "-c", "first.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "gatewatt: error: the depth of despair"
+
+
+def test_validation_and_test_stand_alone(tmp_path: Path) -> None:
+    assert main(["validate", "-c", "first.yaml", "--run", "v"]) == 0
+    assert main(["test", "-c", "first.yaml", "--run", "t", "--data.test_images", "20"]) == 0
+    assert (tmp_path / "runs" / "t" / "recipe.yaml").is_file()
