@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.cli.recipes import BASE, with_line
 
 from gatewatt.cli import main
-from tests.cli.recipes import BASE, with_line
 
 NETWORK, OBJECTIVE, OPTIMIZATION = (f"model.init_args.{part}" for part in ("network", "objective", "optimization"))
 

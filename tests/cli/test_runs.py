@@ -7,11 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from tests.cli.recipes import BASE
 
 from gatewatt.cli import main, trainer
 from gatewatt.cli.trainer import reserve_folder
 from gatewatt.recipes import load_recipes
-from tests.cli.recipes import BASE
 
 
 @pytest.fixture(autouse=True)

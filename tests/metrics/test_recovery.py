@@ -40,6 +40,7 @@ def test_no_change_recovers_nothing_and_opening_everything_recovers_all():
     assert recovery_per_image_percent(clean, np.full_like(clean, DENSE), DENSE).percent == pytest.approx(100)
 
 
+@settings(deadline=None)
 @given(flops())
 def test_both_definitions_equal_a_loop(columns):
     clean, adversarial = columns

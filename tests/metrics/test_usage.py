@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import entropy
@@ -13,6 +13,7 @@ from scipy.stats import entropy
 from gatewatt.metrics import GateUsage, route_statistics
 
 
+@settings(deadline=None)
 @given(arrays(np.int64, st.tuples(st.integers(1, 12), st.integers(1, 11)), elements=st.integers(0, 1)))
 def test_statistics_equal_independent_formulas(executed):
     found = route_statistics(executed)

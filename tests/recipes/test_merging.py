@@ -135,6 +135,10 @@ def test_every_finite_number_survives_writing_and_reading(tmp_path_factory: pyte
     assert load_recipes([path]).settings == {"x": numbers}
 
 
+# Eight lines, each ten times the one before.
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
+LAUGHS += "\n".join(f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True))
+
 REFUSED = {
     "duplicate key": ("m:\n  lr: 1\n  lr: 2", "{file}:3: m.lr: the key appears twice (first on line 2)"),
     "duplicate key, quoted": ("a: 1\n'a': 2", "{file}:2: a: the key appears twice"),
@@ -157,11 +161,7 @@ REFUSED = {
     "extends an address": ("extends: https://example.org/a.yaml", "{file}:1: extends: recipe 'https://example.org/a.yaml' is an address"),
     "recursive alias": ("a: &a\n  b: *a", "{file}:1: a.b: an alias contains itself"),
     "recursive list": ("a: &a [*a]", "{file}:1: a.0: an alias contains itself"),
-    "billion laughs": (
-        "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
-        + "\n".join(f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True)),
-        "expands to more than 100,000 values",
-    ),
+    "billion laughs": (LAUGHS, "expands to more than 100,000 values"),
     "deep nesting": ("a: " + "[" * 200 + "]" * 200, "nested more than 100 deep"),
     "very deep nesting": ("a: " + "[" * 5000 + "]" * 5000, "nested more than 100 deep"),
     "undefined alias": ("a: *b", "{file}:1: not valid YAML: found undefined alias 'b'"),

@@ -6,6 +6,7 @@ touches it (Sec. 4.4). Each step costs one forward pass and one input-gradient, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -125,16 +126,18 @@ class EnergyAttack:
         decision: Literal["straight_through", "hard"] | None = None,
         name: str | None = None,
     ) -> None:
-        if not gamma >= 0:
-            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        if not 0 <= gamma < math.inf:
+            raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup must be in [0, 1], a fraction of the steps, got {warmup}")
-        if not lr > 0:
-            raise ValueError(f"lr must be positive, got {lr}")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be finite and positive, got {lr}")
         if reduction not in ("mean", "sum") or keep not in ("last", "best"):
             raise ValueError(f"reduction must be mean or sum and keep last or best, got {reduction!r} and {keep!r}")
+        if decision is not None:
+            decision_named(decision)
         self.loss, self.direction, self.space = loss or PowerLoss(), direction or ConflictMasking(), space or TanhSpace()
         self.gamma, self.reduction, self.steps, self.warmup, self.lr = gamma, reduction, steps, warmup, lr
         self.keep, self.decision, self.name = keep, decision, name or type(self).__name__
@@ -143,7 +146,7 @@ class EnergyAttack:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
         parts = {"loss": self.loss, "direction": self.direction, "space": self.space}
-        described = {role: {"kind": type(part).__name__} | {k: v for k, v in vars(part).items() if isinstance(v, float)} for role, part in parts.items()}
+        described = {role: {"kind": type(part).__name__} | {k: v for k, v in vars(part).items() if isinstance(v, (int, float, str))} for role, part in parts.items()}
         plain = {key: getattr(self, key) for key in ("gamma", "reduction", "steps", "warmup", "lr", "keep", "decision")}
         return {"name": self.name, **plain, **described}
 
@@ -162,7 +165,7 @@ class EnergyAttack:
             ledger: prices at the images' resolution; measured on the spot when left out.
 
         Raises:
-            ValueError: if images or labels are invalid, or the network has no gates.
+            ValueError: if images or labels are invalid, the network has no gates, or a gradient was NaN or infinite.
         """
         check_images(images)
         if labels is not None:
@@ -198,6 +201,10 @@ class EnergyAttack:
             delta.grad = direction(loss, table, weights, gradient) + self.space.pullback(position, pull * (position - images))
             optimizer.step()
             delta = self._write(delta, self.space.restrict(anchor, delta))
+        broken = ~torch.isfinite(delta).flatten(1).all(dim=1)
+        if bool(broken.any()):
+            # A NaN image closes every gate and would be recorded as an attack that saved FLOPs.
+            raise ValueError(f"image {int(broken.nonzero()[0])} of the batch met a gradient that is NaN or infinite: it was not attacked")
         final = self.space.image(anchor, delta)
         if best is not None:
             with torch.no_grad():

@@ -7,6 +7,7 @@ does not depend on the number of units. Scores are the raw G of all gates, whate
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -56,9 +57,9 @@ class PowerLoss(GateLoss):
     """
 
     def __init__(self, alpha: float = 4.0) -> None:
-        if not alpha >= 1:
-            raise ValueError(f"alpha must be at least 1 (Eq. 7), got {alpha}")
-        self.alpha = alpha
+        if not 1 <= alpha < math.inf:
+            raise ValueError(f"alpha must be finite and at least 1 (Eq. 7), got {alpha}")
+        self.alpha = float(alpha)
 
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
         """Eq. 7 per image, shape (B,)."""

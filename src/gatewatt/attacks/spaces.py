@@ -45,7 +45,7 @@ class TanhSpace(Space):
     def __init__(self, margin: float = 1e-4) -> None:
         if not 0 < margin < 0.5:
             raise ValueError(f"margin must be in (0, 0.5), got {margin}")
-        self.margin = margin
+        self.margin = float(margin)
 
     def encode(self, images: Tensor) -> Tensor:
         """``atanh(2x - 1)``, finite."""
@@ -86,7 +86,7 @@ class LinfBall(ProjectionSpace):
     def __init__(self, eps: float = 8 / 255) -> None:
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
-        self.eps = eps
+        self.eps = float(eps)
 
     def restrict(self, anchor: Tensor, delta: Tensor) -> Tensor:
         """Clip to the ball, then to valid images."""

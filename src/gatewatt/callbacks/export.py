@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from pathlib import Path
 
@@ -43,10 +44,16 @@ class ExportCheckpoint(L.Callback):
             "commit": commit(),
             "versions": versions(),
             "license": "MIT",
-            "validation": {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+            "validation": validation_figures(trainer),
         }
         save(pl_module.network, folder / f"{self.name}.safetensors", card=card)
         print(f"wrote {folder / self.name}.safetensors and its card")
+
+
+def validation_figures(trainer: L.Trainer) -> dict[str, float | None]:
+    """What the last validation logged; None for what is undefined, such as the recovery of a network whose gates are all open."""
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {name: value if math.isfinite(value) else None for name, value in logged.items()}
 
 
 def commit() -> str | None:

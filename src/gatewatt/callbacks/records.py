@@ -86,10 +86,13 @@ class ResultFiles(L.Callback):
 
 
 def expected_ids(trainer: L.Trainer) -> list[int]:
-    """Positions of the images that the test was to attack."""
+    """Positions of the images that the test was to attack: all of the loader's, or those of the batches that the trainer is limited to."""
     loaders = trainer.test_dataloaders
     loader = loaders[0] if isinstance(loaders, list) else loaders
-    return [int(index) for index in loader.sampler.indices]
+    order = loader.sampler
+    # Whole batches are dealt to the processes in turn, and the first process has the most.
+    batches = int(trainer.num_test_batches[0]) * trainer.world_size
+    return [int(index) for index in order.indices[: batches * order.batch_size]]
 
 
 def show(summary: dict[str, Any]) -> None:

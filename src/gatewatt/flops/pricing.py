@@ -56,7 +56,8 @@ def price(network: DynamicNetwork, example: Tensor) -> FlopsLedger:
         The ledger, in MACs per image (1 MAC = 1 FLOP).
 
     Raises:
-        ValueError: if ``example`` is not one valid image, the network has no gates, or a charge names a module that did not run.
+        ValueError: if ``example`` is not one valid image, the network has no gates, a charge names a module that did not run, or a module
+            would be paid twice.
         UnpricedOperator: if an operator has no formula.
 
     Example:
@@ -71,6 +72,7 @@ def price(network: DynamicNetwork, example: Tensor) -> FlopsLedger:
         gates = network(example, "dense").gates
         require_gates(gates)
         counts = analyse(Traceable(network, "dense"), (example,)).by_module()
+    refuse_double_charges(network)
     prices = {}
     for charge in network.charges:
         macs = counts.get(f"network.{charge.module}", 0)
@@ -82,3 +84,16 @@ def price(network: DynamicNetwork, example: Tensor) -> FlopsLedger:
     units = {name: gate.score.shape[1] for name, gate in gates.items()}
     height, width = example.shape[2:]
     return FlopsLedger(prices, tuple(network.charges), dense, dense - sum(prices.values()), overhead, (height, width), units)
+
+
+def refuse_double_charges(network: DynamicNetwork) -> None:
+    """Raise if a module is charged twice, or within another charged module: the ledger would add up its price twice."""
+    charged: list[str] = []
+    for module, gates in network.charges:
+        if module in charged:
+            raise ValueError(f"module {module!r} is charged twice, the second time to {gates}; name all its gates in one charge")
+        charged.append(module)
+    for inner in charged:
+        for outer in charged:
+            if inner.startswith(f"{outer}."):
+                raise ValueError(f"module {inner!r} is charged and lies inside {outer!r}, which is charged too; charge one of the two")

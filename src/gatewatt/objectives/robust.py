@@ -63,6 +63,7 @@ class EnergyAdversarialObjective:
             weights = ledger.weights(parent).to(decided)
             # A score rounded to exactly 0 or 1 would make the logarithm infinite.
             scores = [gate_table(half.gates).score.clamp(1e-6, 1 - 1e-6) for half in (clean, adversarial)]
-            apart = sum(functional.binary_cross_entropy(score, decided, reduction="none") for score in scores)
-            terms["distillation"] = self.distillation * (torch.as_tensor(apart) * weights).sum(1).mean()
+            # Written out: torch refuses its own binary cross entropy of probabilities under autocast on a GPU.
+            apart = -torch.stack([decided * score.log() + (1 - decided) * (1 - score).log() for score in scores]).sum(0)
+            terms["distillation"] = self.distillation * (apart * weights).sum(1).mean()
         return terms

@@ -12,31 +12,46 @@ from gatewatt.objectives.base import CrossEntropy, Objective, Terms
 
 
 class ComputeTarget(Objective):
-    """Cross entropy plus ``weight (mean FLOPs / dense FLOPs - target)^2``, the mean taken over the batch.
+    """Cross entropy plus ``weight (mean FLOPs / dense FLOPs - target)^2``, the mean taken over the batch, and optionally a variance floor.
 
     SkipNet's supervised stage has no cost term, so a run may end near 100 % computation, where recovered FLOPs mean nothing. The target
-    binds the batch, not the image: which image gets how much is left to the gates.
+    binds the batch, not the image: which image gets how much is left to the gates. On an easy data set they may settle on one route for all
+    images, which is a static network; the variance floor ``diversity relu(spread - variance of a decision over the batch, mean over units)``
+    keeps them apart.
 
     Args:
         target: fraction of the dense FLOPs, in (0, 1].
         weight: of the squared deviation.
+        diversity: weight of the variance floor; 0 leaves it out.
+        spread: the variance below which the floor acts; a decision that opens for half of the images has 0.25.
         label_smoothing: of the cross entropy, in [0, 1).
 
     Raises:
-        ValueError: if ``target`` is outside (0, 1] or ``weight`` negative.
+        ValueError: if ``target`` is outside (0, 1], ``spread`` outside [0, 0.25], or a weight negative.
     """
 
-    def __init__(self, target: float = 0.7, weight: float = 10.0, *, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, target: float = 0.7, weight: float = 10.0, *, diversity: float = 0.0, spread: float = 0.1, label_smoothing: float = 0.0
+    ) -> None:
         if not 0 < target <= 1:
             raise ValueError(f"target must be in (0, 1], a fraction of the dense FLOPs, got {target}")
-        if weight < 0:
-            raise ValueError(f"weight must be at least 0, got {weight}")
-        self.target, self.weight, self.prediction = target, weight, CrossEntropy(label_smoothing)
+        if weight < 0 or diversity < 0:
+            raise ValueError(f"weight and diversity must be at least 0, got {weight} and {diversity}")
+        if not 0 <= spread <= 0.25:
+            raise ValueError(f"spread must be in [0, 0.25], the variance of a decision, got {spread}")
+        self.target, self.weight, self.diversity, self.spread = target, weight, diversity, spread
+        self.prediction = CrossEntropy(label_smoothing)
 
     def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:
-        """Terms ``cross_entropy`` and ``compute``."""
+        """Terms ``cross_entropy``, ``compute`` and, if asked for, ``diversity``."""
         fraction = ledger.surrogate(output.gates).mean() / ledger.dense
-        return {**self.prediction(output, labels, ledger), "compute": (self.weight * (fraction - self.target) ** 2).float()}
+        terms = {**self.prediction(output, labels, ledger), "compute": (self.weight * (fraction - self.target) ** 2).float()}
+        if self.diversity:
+            score, threshold, _ = gate_table(output.gates)
+            # The decisions' own variance, with the gradient of the scores.
+            decided = (score >= threshold).to(score) + (score - score.detach())
+            terms["diversity"] = self.diversity * torch.relu(self.spread - decided.var(0, unbiased=False).mean())
+        return terms
 
 
 class HybridReinforcement(Objective):

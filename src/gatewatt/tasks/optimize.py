@@ -46,7 +46,8 @@ class Optimization:
         if not 0 <= warmup < 1 or any(not 0 < milestone < 1 for milestone in milestones):
             raise ValueError(f"warmup must be in [0, 1) and milestones in (0, 1), fractions of the run, got {warmup} and {tuple(milestones)}")
         self.optimizer, self.lr, self.momentum, self.weight_decay, self.nesterov = optimizer, lr, momentum, weight_decay, nesterov
-        self.schedule, self.warmup, self.milestones = schedule, warmup, tuple(milestones)
+        # torch's one-cycle schedule refuses the integer 0.
+        self.schedule, self.warmup, self.milestones = schedule, float(warmup), tuple(milestones)
 
     def configure(self, parameters: Iterable[nn.Parameter], total_steps: int) -> dict[str, Any]:
         """The dictionary that Lightning's ``configure_optimizers`` returns.

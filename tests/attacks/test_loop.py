@@ -1,0 +1,459 @@
+"""The loop: against an independent implementation, image by image, in what it keeps, refuses and describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.toys import Blocks, Logistic, Ungated
+from torch import Tensor, nn
+
+from gatewatt.attacks import (
+    ABLATIONS,
+    ComplexityLoss,
+    ComplexityOnly,
+    ConflictMasking,
+    EnergyAttack,
+    GradMDM,
+    Joint,
+    LinfBall,
+    PowerLoss,
+    ProjectionSpace,
+    Space,
+    TanhSpace,
+    ablation,
+)
+from gatewatt.flops import FlopsLedger, price
+from gatewatt.gating import Charge
+from gatewatt.networks import SkipNet
+
+Array = NDArray[np.float64]
+
+LEDGER = FlopsLedger(
+    prices={"a": 108.0, "b": 24.0},
+    charges=(Charge("a", ("a",)), Charge("b", ("b",))),
+    dense=180.0,
+    fixed=48.0,
+    overhead=0.0,
+    resolution=(2, 2),
+    units={"a": 3, "b": 2},
+)
+LAMBDA = 5 * np.array([36.0] * 3 + [12.0] * 2) / 132.0
+"""The units' shares of what can be saved, 108 / 3 and 24 / 2 MACs each, times their number."""
+
+
+@pytest.fixture
+def toy() -> Logistic:
+    return Logistic().eval()
+
+
+@pytest.fixture
+def small() -> Tensor:
+    """Images of the toy network."""
+    return torch.rand(24, 3, 2, 2, generator=torch.Generator().manual_seed(3))
+
+
+class Trajectory:
+    """Every image that enters a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.images: list[Tensor] = []
+        network.register_forward_pre_hook(lambda module, inputs: self.images.append(inputs[0].detach().clone()))
+
+
+# ---- the same steps, written a second time ----
+
+
+def by_hand(
+    network: Logistic, images: Tensor, *, method: str, space: str, gamma: float, steps: int, warm: int, lr: float, alpha: float, literal: bool
+) -> tuple[list[Array], int]:
+    """The whole attack on :class:`Logistic` in float64 numpy: own gradients, own Adam. Returns all iterates and the number of conflicts."""
+    weight, bias = network.weight.detach().double().numpy(), network.bias.detach().double().numpy()
+    clean = images.double().numpy().reshape(len(images), -1)
+    count, pixels = clean.shape
+    start = np.arctanh(2 * np.clip(clean, 1e-4, 1 - 1e-4) - 1)
+    delta, mean, square = (np.zeros_like(clean) for _ in range(3))
+    iterates, conflicts = [], 0
+
+    def perturbed() -> Array:
+        return (np.tanh(start + delta) + 1) / 2 if space == "tanh" else clean + delta
+
+    for step in range(1, steps + 1):
+        x = perturbed()
+        iterates.append(x)
+        chain = 2 * x * (1 - x) if space == "tanh" else np.ones_like(x)
+        gradient = np.zeros_like(x)
+        for image in range(count):
+            score = 1 / (1 + np.exp(-(weight @ (x[image] - 0.5) + bias)))
+            closed, opened = score < 0.5, score > 0.5
+            slope = LAMBDA * score * (1 - score)  # lambda_i dG_i / d(w_i x)
+            power = 1.0 if step <= warm or method in ("Eq5", "Eq6", "CGM") else alpha
+            g_closed = chain[image] * (-(slope * power * score ** (power - 1) * closed) @ weight)
+            g_open = chain[image] * (-(slope * opened) @ weight)
+            if step <= warm or method in ("Eq6", "Power"):
+                chosen = g_closed
+            elif method in ("Eq5", "PowerJoint"):
+                chosen = g_closed + g_open
+            else:
+                inner = float(g_closed @ g_open)
+                conflicts += inner < 0
+                chosen = g_closed - inner / float(g_open @ g_open) * g_open if inner < 0 else g_closed
+            gradient[image] = chosen + gamma * 2 * (x[image] - clean[image]) / (1 if literal else pixels) * chain[image]
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        delta = delta - lr * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+        if space != "tanh":
+            delta = np.clip(delta, -0.05, 0.05) if space == "ball" else delta
+            delta = np.clip(clean + delta, 0, 1) - clean
+    return [*iterates, perturbed()], conflicts
+
+
+METHODS: dict[str, tuple[Any, Any]] = {
+    "Eq5": (ComplexityLoss, Joint),
+    "Eq6": (ComplexityLoss, ComplexityOnly),
+    "CGM": (ComplexityLoss, ConflictMasking),
+    "Power": (PowerLoss, ComplexityOnly),
+    "PowerJoint": (PowerLoss, Joint),
+    "GradMDM": (PowerLoss, ConflictMasking),
+}
+BY_NAME: dict[str, Space] = {"tanh": TanhSpace(), "projection": ProjectionSpace(), "ball": LinfBall(0.05)}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("space", BY_NAME)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_is_that_of_an_independent_implementation(method: str, space: str, reduction: Any, toy: Logistic, small: Tensor) -> None:
+    settings = {"gamma": 0.7, "steps": 10, "lr": 0.03}
+    expected, conflicts = by_hand(toy, small, method=method, space=space, warm=2, alpha=4.0, literal=reduction == "sum", **settings)
+    loss, direction = METHODS[method]
+    attack = EnergyAttack(loss(), direction(), space=BY_NAME[space], warmup=0.2, reduction=reduction, **settings)
+    trajectory = Trajectory(toy)
+    final = attack(toy, small, ledger=LEDGER).images
+    found = [*trajectory.images, final]
+    assert len(found) == len(expected) == 11
+    # Not closer than this: the loop itself runs in float32, whatever it is given, and the reference in float64.
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.flatten(1).double().numpy(), other, rtol=0, atol=2e-5)
+    assert np.abs(expected[-1] - expected[0]).max() > 0.02
+    if method in ("CGM", "GradMDM"):
+        assert conflicts > 20
+
+
+def test_gradmdm_is_the_power_loss_with_masking(toy: Logistic, small: Tensor) -> None:
+    plain = EnergyAttack(PowerLoss(3.0), ConflictMasking(), gamma=2.0, steps=7, lr=0.02)
+    assert torch.equal(plain(toy, small, ledger=LEDGER).images, GradMDM(3.0, gamma=2.0, steps=7, lr=0.02)(toy, small, ledger=LEDGER).images)
+
+
+def test_the_defaults_are_the_papers() -> None:
+    assert GradMDM().settings == {
+        "name": "GradMDM",
+        "gamma": 100.0,
+        "reduction": "mean",
+        "steps": 100,
+        "warmup": 0.2,
+        "lr": 0.01,
+        "keep": "last",
+        "decision": None,
+        "loss": {"kind": "PowerLoss", "alpha": 4.0},
+        "direction": {"kind": "ConflictMasking"},
+        "space": {"kind": "TanhSpace", "margin": 1e-4},
+    }
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_differs_from_gradmdm_in_loss_and_direction_alone(name: str) -> None:
+    attack, whole = ablation(name, gamma=3.0, steps=9, keep="best"), GradMDM(gamma=3.0, steps=9, keep="best")
+    loss, direction = METHODS[name]
+    assert (type(attack.loss), type(attack.direction), attack.name) == (loss, direction, name)
+    same = {key: value for key, value in whole.settings.items() if key not in ("name", "loss", "direction")}
+    assert {key: attack.settings[key] for key in same} == same
+
+
+def test_an_unknown_ablation_is_refused() -> None:
+    with pytest.raises(ValueError, match="ablation must be one of Eq5, Eq6, CGM, Power, PowerJoint, got 'Eq9'"):
+        ablation("Eq9")
+
+
+def test_alpha_1_without_masking_is_eq_6(toy: Logistic, small: Tensor) -> None:
+    power = EnergyAttack(PowerLoss(1.0), ComplexityOnly(), gamma=1.0, steps=8)
+    assert torch.equal(power(toy, small, ledger=LEDGER).images, ablation("Eq6", gamma=1.0, steps=8)(toy, small, ledger=LEDGER).images)
+
+
+def test_a_warm_up_of_all_steps_is_eq_6(toy: Logistic, small: Tensor) -> None:
+    warm = GradMDM(gamma=1.0, steps=8, warmup=1.0)
+    assert torch.equal(warm(toy, small, ledger=LEDGER).images, ablation("Eq6", gamma=1.0, steps=8)(toy, small, ledger=LEDGER).images)
+
+
+# ---- images never interact ----
+
+
+@pytest.mark.parametrize("space", [TanhSpace(), LinfBall(0.05)], ids=["tanh", "ball"])
+def test_a_batch_is_attacked_as_its_images_one_by_one(space: Space, network: SkipNet, images: Tensor) -> None:
+    attack, ledger = GradMDM(gamma=1.0, steps=6, lr=0.02, space=space, keep="best"), price(network, images[:1])
+    together = attack(network, images, ledger=ledger)
+    for index, image in enumerate(images):
+        alone = attack(network, image[None], ledger=ledger)
+        torch.testing.assert_close(alone.images[0], together.images[index], rtol=0, atol=1e-5)
+        assert alone.step[0] == together.step[index]
+
+
+def test_the_order_of_a_batch_does_not_matter(toy: Logistic, small: Tensor) -> None:
+    attack = GradMDM(gamma=1.0, steps=12, lr=0.05)
+    forwards, backwards = attack(toy, small, ledger=LEDGER), attack(toy, small.flip(0), ledger=LEDGER)
+    torch.testing.assert_close(backwards.images.flip(0), forwards.images, rtol=0, atol=1e-6)
+
+
+def test_an_attack_repeats_whatever_the_random_state(network: SkipNet, images: Tensor) -> None:
+    attack = GradMDM(steps=4)
+    first = attack(network, images)
+    torch.manual_seed(99)
+    assert torch.equal(attack(network, images).images, first.images)
+
+
+def test_the_ledger_is_measured_on_the_spot_when_left_out(network: SkipNet, images: Tensor) -> None:
+    attack = GradMDM(steps=3)
+    assert torch.equal(attack(network, images).images, attack(network, images, ledger=price(network, images[:1])).images)
+
+
+# ---- what is returned ----
+
+
+def test_an_attack_recovers_flops(images: Tensor) -> None:
+    torch.manual_seed(1)
+    network = SkipNet(14, width=4).eval()
+    ledger = price(network, images[:1])
+    with torch.no_grad():
+        clean = ledger(network(images).gates)
+        adversarial = ledger(network(GradMDM(gamma=0.0, steps=30, lr=0.1)(network, images, ledger=ledger).images).gates)
+    assert clean.sum() < 0.9 * ledger.dense * len(images)
+    assert adversarial.sum() - clean.sum() > 0.3 * (ledger.dense * len(images) - clean.sum())
+
+
+@pytest.mark.parametrize("space", [TanhSpace(), ProjectionSpace(), LinfBall(4 / 255)], ids=["tanh", "projection", "ball"])
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_adversarial_images_are_images(space: Space, keep: Any, network: SkipNet, images: Tensor) -> None:
+    images[0], images[1] = 0.0, 1.0
+    found = GradMDM(gamma=0.0, steps=5, lr=0.5, space=space, keep=keep)(network, images).images
+    assert (found.shape, found.dtype, found.requires_grad) == (images.shape, torch.float32, False)
+    assert bool(((found >= 0) & (found <= 1)).all())
+    if isinstance(space, LinfBall):
+        assert (found - images).abs().max() <= 4 / 255 + 1e-6
+
+
+def test_half_precision_images_are_attacked_in_float32(toy: Logistic, small: Tensor) -> None:
+    attack = GradMDM(steps=4)
+    assert torch.equal(attack(toy, small.half(), ledger=LEDGER).images, attack(toy, small.half().float(), ledger=LEDGER).images)
+
+
+def test_the_best_iterate_is_the_one_of_most_flops_then_of_least_error(toy: Logistic, small: Tensor) -> None:
+    trajectory = Trajectory(toy)
+    best = GradMDM(gamma=0.5, steps=15, lr=0.08, keep="best")(toy, small, ledger=LEDGER)
+    assert len(trajectory.images) == 16
+    with torch.no_grad():
+        flops = torch.stack([LEDGER(toy(x).gates) for x in trajectory.images[:16]])
+    for image in range(len(small)):
+        ranked = [
+            (-flops[step, image].item(), (trajectory.images[step][image] - small[image]).square().mean().item(), step) for step in range(16)
+        ]
+        step = min(ranked)[2]
+        assert best.step[image] == step
+        assert torch.equal(best.images[image], trajectory.images[step][image])
+    assert len(best.step.unique()) > 3
+
+
+@pytest.mark.parametrize("gamma", [0.0, 10.0, 1e4])
+def test_the_best_iterate_never_has_fewer_flops_than_the_last_or_the_clean_image(gamma: float, network: SkipNet, images: Tensor) -> None:
+    ledger = price(network, images[:1])
+    best, last = (GradMDM(gamma=gamma, steps=8, lr=0.1, keep=keep)(network, images, ledger=ledger) for keep in ("best", "last"))
+    with torch.no_grad():
+        kept, final, clean = (ledger(network(x).gates) for x in (best.images, last.images, TanhSpace().image(TanhSpace().encode(images), 0 * images)))
+    assert bool((kept >= final).all())
+    assert bool((kept >= clean).all())
+    assert last.step.tolist() == [8] * 7
+
+
+def test_a_large_gamma_leaves_a_tiny_perturbation(toy: Logistic, small: Tensor) -> None:
+    def error(gamma: float) -> float:
+        found = GradMDM(gamma=gamma, steps=300, space=ProjectionSpace())(toy, small, ledger=LEDGER).images
+        return (found - small).square().mean().item()
+
+    errors = [error(gamma) for gamma in (0.0, 10.0, 1e3, 1e5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 1e-6
+    assert errors[0] > 1e-2
+
+
+# ---- which decisions are attacked ----
+
+
+@pytest.mark.parametrize("own", ["sampled", "hard"])
+def test_another_decision_lets_gradients_through_a_network_that_stops_them(own: Any, images: Tensor) -> None:
+    networks: dict[str, SkipNet] = {}
+    for decision in (own, "straight_through", "hard"):
+        torch.manual_seed(1)
+        networks[decision] = SkipNet(14, width=4, decision=decision).eval()
+    ledger = price(networks[own], images[:1])
+
+    def attacked(network: SkipNet, decision: Any = None) -> Tensor:
+        return GradMDM(gamma=0.0, steps=5, decision=decision)(network, images, ledger=ledger).images
+
+    assert torch.equal(attacked(networks[own], "straight_through"), attacked(networks["straight_through"]))
+    # As released: in eval mode a network of sampled decisions decides hard, and nothing flows through them.
+    assert torch.equal(attacked(networks[own]), attacked(networks["hard"]))
+    assert not torch.equal(attacked(networks[own], "straight_through"), attacked(networks[own]))
+
+
+# ---- what is refused ----
+
+
+def spoiled(value: float) -> Tensor:
+    images = torch.full((3, 3, 8, 8), 0.5)
+    images[1, 2, 3, 4] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (spoiled(1.5), None, r"images must be in \[0, 1\]; image 1 of the batch spans 0.5 to 1.5"),
+        (spoiled(-0.1), None, r"images must be in \[0, 1\]; image 1 of the batch spans -0.1 to 0.5"),
+        (spoiled(torch.nan), None, "images must be finite; image 1 of the batch"),
+        (torch.rand(3, 8, 8), None, r"shape \(B, 3, H, W\) with B, H, W >= 1, got \(3, 8, 8\)"),
+        (torch.rand(0, 3, 8, 8), None, r"got \(0, 3, 8, 8\)"),
+        (torch.rand(2, 1, 8, 8), None, r"got \(2, 1, 8, 8\)"),
+        (torch.rand(3, 3, 8, 8), torch.zeros(2, dtype=torch.long), r"labels must have shape \(3,\), one per image, got \(2,\)"),
+        (torch.rand(3, 3, 8, 8), torch.zeros(3, 10), r"labels must have shape \(3,\), one per image, got \(3, 10\)"),
+    ],
+    ids=["above", "below", "nan", "no batch", "empty", "grey", "too few labels", "one-hot labels"],
+)
+def test_bad_input_is_refused_in_one_line(images: Tensor, labels: Tensor | None, message: str, network: SkipNet) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        GradMDM(steps=1)(network, images, labels)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_are_refused(network: SkipNet) -> None:
+    with pytest.raises(TypeError, match=r"floating-point tensor in \[0, 1\], got torch.uint8"):
+        GradMDM(steps=1)(network, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("ledger", [None, LEDGER])
+def test_a_network_without_gates_is_refused(ledger: FlopsLedger | None) -> None:
+    with pytest.raises(ValueError, match="returned no gates: it computes the same for every image"):
+        GradMDM(steps=1)(Ungated(), torch.rand(2, 3, 8, 8), ledger=ledger)
+
+
+def test_a_network_of_nan_is_refused(network: SkipNet, images: Tensor) -> None:
+    ledger = price(network, images[:1])
+    with torch.no_grad():
+        network.gating.projection.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="scores of gate 'block1' hold NaN or infinity for image 0"):
+        GradMDM(steps=1)(network, images, ledger=ledger)
+
+
+class Root(nn.Module):
+    """Finite everywhere, with an infinite slope at black."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.clamp_min(0).sqrt()
+
+
+def test_an_attack_that_ran_into_nan_returns_no_images() -> None:
+    network = Blocks(nn.Sequential(Root(), nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1))
+    original = network.forward
+
+    def rooted(images: Tensor, execution: Any = "masked") -> Any:
+        return original(Root()(images), execution)
+
+    network.forward = rooted  # type: ignore[method-assign]
+    images = torch.full((3, 3, 8, 8), 0.5)
+    images[1] = 0.0
+    with torch.no_grad():
+        network.scores.bias.fill_(-0.1)
+        network.scores.weight.fill_(-0.01)
+    with pytest.raises(ValueError, match=r"image 1 of the batch .*gradient.*NaN"):
+        GradMDM(steps=2, space=ProjectionSpace())(network, images, ledger=price(network, torch.full((1, 3, 8, 8), 0.5)))
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": -1.0}, "gamma must be .*at least 0, got -1.0"),
+        ({"gamma": float("nan")}, "gamma must be .*at least 0, got nan"),
+        ({"gamma": INFINITE}, "gamma must be finite and at least 0, got inf"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"warmup": -0.1}, r"warmup must be in \[0, 1\], a fraction of the steps, got -0.1"),
+        ({"warmup": 20}, "warmup must be in .* got 20"),
+        ({"lr": 0.0}, "lr must be .*positive, got 0.0"),
+        ({"lr": INFINITE}, "lr must be finite and positive, got inf"),
+        ({"reduction": "none"}, "reduction must be mean or sum and keep last or best, got 'none' and 'last'"),
+        ({"keep": "first"}, "reduction must be mean or sum and keep last or best, got 'mean' and 'first'"),
+        ({"decision": "soft"}, "decision must be one of .*got 'soft'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_settings_out_of_range_are_refused_when_the_attack_is_made(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EnergyAttack(**settings)
+
+
+@pytest.mark.parametrize("alpha", [0.99, -4, float("nan")])
+def test_an_alpha_below_1_is_refused(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha must be .*at least 1 .*\(Eq. 7\), got"):
+        GradMDM(alpha)
+
+
+# ---- what is recorded ----
+
+DIFFERENT: list[Callable[[], EnergyAttack]] = [
+    GradMDM,
+    lambda: GradMDM(2),
+    lambda: GradMDM(3),
+    lambda: GradMDM(2.5),
+    lambda: GradMDM(gamma=1),
+    lambda: GradMDM(steps=99),
+    lambda: GradMDM(warmup=0.1),
+    lambda: GradMDM(lr=0.02),
+    lambda: GradMDM(keep="best"),
+    lambda: GradMDM(decision="hard"),
+    lambda: GradMDM(space=ProjectionSpace()),
+    lambda: GradMDM(space=TanhSpace(1e-3)),
+    lambda: GradMDM(space=LinfBall(4 / 255)),
+    lambda: GradMDM(space=LinfBall(8 / 255)),
+    lambda: GradMDM(space=LinfBall(1)),
+    lambda: EnergyAttack(reduction="sum"),
+    lambda: EnergyAttack(ComplexityLoss()),
+    lambda: EnergyAttack(direction=Joint()),
+]
+
+
+def test_settings_are_plain_and_tell_attacks_apart() -> None:
+    described = [make().settings for make in DIFFERENT]
+    for settings in described:
+        assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+    # The label aside: two attacks that share a name must still differ in what they do.
+    told = {json.dumps({key: value for key, value in settings.items() if key != "name"}, sort_keys=True) for settings in described}
+    assert len(told) == len(DIFFERENT)
+
+
+@pytest.mark.parametrize("make", DIFFERENT)
+def test_equal_attacks_have_equal_settings(make: Callable[[], EnergyAttack]) -> None:
+    assert make().settings == make().settings
+
+
+def test_a_whole_alpha_is_the_same_attack_as_its_float() -> None:
+    assert GradMDM(4).settings == GradMDM(4.0).settings
+
+
+def test_a_name_is_a_label() -> None:
+    assert EnergyAttack(name="mine").settings["name"] == "mine"
+    assert repr(EnergyAttack(name="mine", gamma=2.5, steps=7)) == "mine(gamma=2.5, steps=7)"
+    assert repr(GradMDM()) == "GradMDM(gamma=100, steps=100)"

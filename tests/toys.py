@@ -1,0 +1,101 @@
+"""Networks small enough to be worked out by hand, and gates without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from gatewatt.gating import Charge, DynamicNetwork, DynamicOutput, Execution, Gate, decision_named
+
+
+def gate(executed: Sequence[Sequence[float]], score: Tensor | None = None) -> Gate:
+    """A gate that executed what is given; its scores agree unless given themselves."""
+    ran = torch.tensor(executed)
+    return Gate(0.2 + 0.6 * ran if score is None else score, torch.tensor(0.5), ran)
+
+
+class Logistic(DynamicNetwork):
+    """Gates logistic in the pixels, G = sigmoid(W x + b): every gradient can be written down.
+
+    Gate ``a`` has three units, gate ``b`` two; two linear modules are charged to them. Images are (3, 2, 2).
+    """
+
+    def __init__(self, decision: str = "straight_through") -> None:
+        super().__init__()
+        self.arguments = {"decision": decision, "num_classes": 4}
+        self.decision = decision_named(decision)
+        generator = torch.Generator().manual_seed(5)
+        self.weight = nn.Parameter(torch.randn(5, 12, generator=generator))
+        self.bias = nn.Parameter(torch.tensor([-0.6, 0.4, 0.0, 0.7, -0.3]))
+        self.a, self.b, self.head = nn.Linear(12, 9, bias=False), nn.Linear(12, 2, bias=False), nn.Linear(12, 4)
+        self.charges = (Charge("a", ("a",)), Charge("b", ("b",)))
+
+    def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
+        """Logits that depend on how many units of each gate ran."""
+        pixels = images.flatten(1)
+        # Around the middle grey, so that an untrained gate can be on either side of its threshold.
+        scores = torch.sigmoid((pixels - 0.5) @ self.weight.T + self.bias).split([3, 2], dim=1)
+        logits, gates = self.head(pixels), {}
+        for name, score in zip(("a", "b"), scores, strict=True):
+            threshold = torch.full((), 0.5, dtype=score.dtype)
+            executed = torch.ones_like(score) if execution == "dense" else self.decision(name, score, threshold, training=self.training)
+            gates[name] = Gate(score, threshold, executed.detach())
+            logits = logits + executed.mean(1, keepdim=True) * self.get_submodule(name)(pixels).sum(1, keepdim=True)
+        return DynamicOutput(logits, gates)
+
+
+class Blocks(DynamicNetwork):
+    """``x + block(x)`` for every module given, each behind a gate of one unit; the modules keep the shape (B, 3, H, W)."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.arguments = {"num_classes": 2}
+        self.decision = decision_named("straight_through")
+        self.blocks, self.scores, self.head = nn.ModuleList(blocks), nn.Linear(3, len(blocks)), nn.Linear(3, 2)
+        self.charges = tuple(Charge(f"blocks.{index}", (f"block{index}",)) for index in range(len(blocks)))
+        self.overhead = ("scores",)
+
+    def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
+        """All scores first, then block by block."""
+        features, scores = images, torch.sigmoid(self.scores(images.mean((2, 3))))
+        gates, threshold = {}, torch.tensor(0.5)
+        for index, block in enumerate(self.blocks):
+            name, score = f"block{index}", scores[:, index : index + 1]
+            executed = torch.ones_like(score) if execution == "dense" else self.decision(name, score, threshold, training=self.training)
+            gates[name] = Gate(score, threshold, executed.detach())
+            if execution == "skipped":
+                rows = executed.flatten().nonzero().flatten()
+                features = features.index_add(0, rows, block(features[rows])) if len(rows) else features
+            else:
+                features = features + executed[:, :, None, None] * block(features)
+        return DynamicOutput(self.head(features.mean((2, 3))), gates)
+
+
+class Attention(nn.Module):
+    """One head of fused attention over the positions of (B, 3, H, W): keys of width 5, values of width 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(3, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Attend over positions."""
+        tokens = features.flatten(2).transpose(1, 2)[:, None]
+        attended = scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
+        return attended[:, 0].transpose(1, 2).reshape(features.shape)
+
+
+class Ungated(DynamicNetwork):
+    """A static network in the clothes of a dynamic one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments, self.decision = {"num_classes": 2}, decision_named("hard")
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
+        """Logits and no gate."""
+        return DynamicOutput(self.head(images.mean((2, 3))), {})
