@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,15 @@ class ResultFiles(L.Callback):
     def __init__(self, *, into_card: bool = False) -> None:
         self.into_card = into_card
 
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what could only fail after hours of attacking."""
+        assert isinstance(pl_module, EnergyAttackEvaluation)
+        if self.into_card and pl_module.checkpoint is None:
+            raise ValueError("into_card needs a checkpoint under test; give model.init_args.checkpoint")
+        for name in ("records.csv", "summary.json"):
+            if (Path(trainer.default_root_dir) / name).exists():
+                raise FileExistsError(f"{Path(trainer.default_root_dir) / name} exists already and results are never overwritten: choose another run folder")
+
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge, write, print."""
         assert isinstance(pl_module, EnergyAttackEvaluation)
@@ -76,12 +86,12 @@ class ResultFiles(L.Callback):
             recipe="recipe.yaml" if (folder / "recipe.yaml").exists() else None,
         )
         write_records(folder / "records.csv", rows)
-        write_summary(folder / "summary.json", summary)
+        written = json.loads(write_summary(folder / "summary.json", summary).read_text(encoding="utf-8"))
         show(summary)
         if self.into_card:
-            if pl_module.checkpoint is None:
-                raise ValueError("into_card needs a checkpoint under test; give model.init_args.checkpoint")
-            amend_card(pl_module.checkpoint, measured={key: summary[key] for key in CARD_KEYS})
+            assert pl_module.checkpoint is not None
+            # As the file has it: what is undefined is null there, which a card can hold.
+            amend_card(pl_module.checkpoint, measured={key: written[key] for key in CARD_KEYS})
         print(f"wrote {folder / 'summary.json'} and {folder / 'records.csv'}")
 
 

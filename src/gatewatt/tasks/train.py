@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gatewatt.data.batch import Batch
+from gatewatt.data.order import generator
 from gatewatt.gating import DynamicNetwork
 from gatewatt.objectives import CrossEntropy, Objective
 from gatewatt.tasks.base import NetworkTask
@@ -44,6 +46,11 @@ class DynamicTraining(NetworkTask):
     def configure_optimizers(self) -> dict[str, Any]:
         """Optimiser and schedule over the steps of this run."""
         return self.optimization.configure(self.network.parameters(), int(self.trainer.estimated_stepping_batches))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make the step's randomness a function of (seed, step, process), so that a resumed run draws what an uninterrupted one would."""
+        seed = os.environ.get("PL_GLOBAL_SEED", "0")  # where Lightning's seed_everything leaves it
+        torch.manual_seed(generator("step", seed, self.global_step, self.global_rank).initial_seed())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch of clean images."""
