@@ -257,9 +257,7 @@ def test_the_best_iterate_is_the_one_of_most_flops_then_of_least_error(toy: Logi
     with torch.no_grad():
         flops = torch.stack([LEDGER(toy(x).gates) for x in trajectory.images[:16]])
     for image in range(len(small)):
-        ranked = [
-            (-flops[step, image].item(), (trajectory.images[step][image] - small[image]).square().mean().item(), step) for step in range(16)
-        ]
+        ranked = [(-flops[step, image].item(), (trajectory.images[step][image] - small[image]).square().mean().item(), step) for step in range(16)]
         step = min(ranked)[2]
         assert best.step[image] == step
         assert torch.equal(best.images[image], trajectory.images[step][image])

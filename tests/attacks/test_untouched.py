@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gatewatt.attacks import EnergyAttack, GradMDM, LinfBall, under_attack
 from gatewatt.flops import price
+from gatewatt.gating import decision_named, gate_table
 from gatewatt.networks import SkipNet
 
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -40,7 +42,7 @@ def state(network: nn.Module) -> dict[str, Any]:
     tensors = {**network.state_dict(), **dict(network.named_buffers())}
     return {
         "tensors": {name: (tensor.data_ptr(), tensor.numpy().tobytes()) for name, tensor in tensors.items()},
-        "modes": {name: module.training for name, module in network.named_modules()},
+        "modules": {name: (id(module), module.training) for name, module in network.named_modules()},
         "trained": {name: parameter.requires_grad for name, parameter in network.named_parameters()},
         "gradients": {name: None if p.grad is None else (p.grad.data_ptr(), p.grad.numpy().tobytes()) for name, p in network.named_parameters()},
         "decision": network.decision,
@@ -127,6 +129,31 @@ def test_under_attack_the_network_is_the_deployed_one_and_frozen(network: SkipNe
         assert not any(parameter.requires_grad for parameter in network.parameters())
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
+
+
+def test_under_attack_batchnorm_is_part_of_its_convolution_and_nothing_else_changes(network: SkipNet, images: Tensor) -> None:
+    def scores_and_slope() -> tuple[Tensor, Tensor]:
+        x = images.clone().requires_grad_()
+        score = gate_table(network(x).gates).score
+        return score, torch.autograd.grad(score.sum(), x)[0]
+
+    watched: list[int] = []
+    network.trunk.blocks[1].residual[1].register_forward_hook(lambda module, inputs, output: watched.append(len(output)))
+    plain = copy.deepcopy(network).eval()
+    plain.decision = decision_named("straight_through")
+    with torch.enable_grad():
+        x = images.clone().requires_grad_()
+        expected = gate_table(plain(x).gates).score
+        (slope,) = torch.autograd.grad(expected.sum(), x)
+    watched.clear()
+    with under_attack(network, "straight_through"):
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        found, found_slope = scores_and_slope()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_slope, slope, rtol=1e-3, atol=1e-5 * slope.abs().max().item())
+    # A layer that somebody watches stays.
+    assert norms == [network.trunk.blocks[1].residual[1]]
+    assert watched == [7]
 
 
 def test_the_images_may_require_a_gradient_and_get_none(network: SkipNet, images: Tensor) -> None:

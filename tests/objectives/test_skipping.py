@@ -100,6 +100,20 @@ def test_descending_the_compute_term_reaches_the_target() -> None:
     assert LEDGER(gates).mean().item() / 1000 == pytest.approx(0.5, abs=0.02)
 
 
+def test_the_variance_floor_is_the_spread_of_decisions_over_the_batch(output: DynamicOutput) -> None:
+    # Of the four units two decide differently for the two images (variance 1/4), two alike (0).
+    assert ComputeTarget(diversity=3.0, spread=0.25)(output, LABELS, LEDGER)["diversity"].item() == pytest.approx(3 * (0.25 - 0.5 / 4))
+    assert ComputeTarget(diversity=3.0, spread=0.1)(output, LABELS, LEDGER)["diversity"].item() == 0
+    assert "diversity" not in ComputeTarget(0.5)(output, LABELS, LEDGER)
+
+
+def test_below_its_floor_the_variance_is_pushed_up(output: DynamicOutput) -> None:
+    term = ComputeTarget(diversity=3.0, spread=0.25)(output, LABELS, LEDGER)["diversity"]
+    (slope,) = torch.autograd.grad(term, output.gates["a"].score)
+    # -w d/ds of the mean over 4 units of (d0 - d1)^2 / 4: open for the first image, closed for the second.
+    assert slope.flatten().tolist() == pytest.approx([-3 * 0.5 / 4, 3 * 0.5 / 4])
+
+
 # ---- reinforcement ----
 
 
@@ -172,7 +186,9 @@ def test_a_certain_decision_has_a_finite_loss() -> None:
         (lambda: CrossEntropy(-0.1), "label_smoothing"),
         (lambda: ComputeTarget(0.0), r"target must be in \(0, 1\], a fraction of the dense FLOPs, got 0.0"),
         (lambda: ComputeTarget(70), "target must be in .* got 70"),
-        (lambda: ComputeTarget(0.5, -1.0), "weight must be at least 0, got -1.0"),
+        (lambda: ComputeTarget(0.5, -1.0), "weight and diversity must be at least 0, got -1.0 and 0.0"),
+        (lambda: ComputeTarget(0.5, diversity=-1.0), "got 10.0 and -1.0"),
+        (lambda: ComputeTarget(0.5, spread=0.3), r"spread must be in \[0, 0.25\], the variance of a decision, got 0.3"),
         (lambda: ComputeTarget(label_smoothing=2.0), "label_smoothing"),
         (lambda: HybridReinforcement(-0.1), "alpha and policy_weight must be at least 0, got -0.1 and 1.28"),
         (lambda: HybridReinforcement(policy_weight=-1.0), "got 0.1 and -1.0"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def folded(network: nn.Module) -> Iterator[None]:
     swapped: list[tuple[nn.Sequential, int, nn.Conv2d, nn.BatchNorm2d]] = []
     try:
         for sequence in [module for module in network.modules() if type(module) is nn.Sequential]:
-            for index, (convolution, norm) in enumerate(zip(sequence[:-1], sequence[1:], strict=True)):
+            for index, (convolution, norm) in enumerate(pairwise(list(sequence))):
                 plain = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_var is not None
                 if plain and not any(module._forward_hooks or module._forward_pre_hooks for module in (convolution, norm)):
                     # The fused weights lose channels_last otherwise, and every step would convert the activations.
@@ -146,16 +147,17 @@ class EnergyAttack:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
         parts = {"loss": self.loss, "direction": self.direction, "space": self.space}
-        described = {role: {"kind": type(part).__name__} | {k: v for k, v in vars(part).items() if isinstance(v, (int, float, str))} for role, part in parts.items()}
+        described = {
+            role: {"kind": type(part).__name__} | {key: value for key, value in vars(part).items() if isinstance(value, (int, float, str))}
+            for role, part in parts.items()
+        }
         plain = {key: getattr(self, key) for key in ("gamma", "reduction", "steps", "warmup", "lr", "keep", "decision")}
         return {"name": self.name, **plain, **described}
 
     def __repr__(self) -> str:
         return f"{self.name}(gamma={self.gamma:g}, steps={self.steps})"
 
-    def __call__(
-        self, network: DynamicNetwork, images: Tensor, labels: Tensor | None = None, *, ledger: FlopsLedger | None = None
-    ) -> AttackResult:
+    def __call__(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None = None, *, ledger: FlopsLedger | None = None) -> AttackResult:
         """Attack a batch; images never interact, so a batch gives what its images give one by one.
 
         Args:

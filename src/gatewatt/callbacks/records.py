@@ -57,9 +57,9 @@ class ResultFiles(L.Callback):
         assert isinstance(pl_module, EnergyAttackEvaluation)
         if self.into_card and pl_module.checkpoint is None:
             raise ValueError("into_card needs a checkpoint under test; give model.init_args.checkpoint")
-        for name in ("records.csv", "summary.json"):
-            if (Path(trainer.default_root_dir) / name).exists():
-                raise FileExistsError(f"{Path(trainer.default_root_dir) / name} exists already and results are never overwritten: choose another run folder")
+        for file in (Path(trainer.default_root_dir) / name for name in ("records.csv", "summary.json")):
+            if file.exists():
+                raise FileExistsError(f"{file} exists already and results are never overwritten: choose another run folder")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge, write, print."""
@@ -126,5 +126,3 @@ def show(summary: dict[str, Any]) -> None:
     attack = summary["attack"]
     title = f"{summary['network']['name']} on {summary['dataset']} under {attack['name']} (gamma {attack['gamma']:g}, {attack['steps']} steps)"
     print_table(title, ["figure", "value"], rows, caption="1 MAC = 1 FLOP, means per image; recovery is the ratio of sums; levels are 8-bit.")
-
-

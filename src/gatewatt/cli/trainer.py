@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from gatewatt.callbacks import AtomicCheckpointIO
 from gatewatt.recipes import Recipe, RecipeError
 
 FOLDER_VARIABLE = "GATEWATT_RUN_FOLDER"  # tells the processes that Lightning starts which folder the first one reserved
@@ -167,6 +168,8 @@ class RecipeCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(RichProgressBar())
         settings: dict[str, Any] = {"default_root_dir": str(folder), "callbacks": callbacks}
+        if not config.get("plugins"):
+            settings["plugins"] = [AtomicCheckpointIO()]
         if config.get("logger") in (None, True):
             settings["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="tensorboard", version="")]
         return super().instantiate_trainer(**settings, **kwargs)

@@ -7,9 +7,9 @@ module is really called.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +108,8 @@ class ExecutionMeter:
     def _count_images(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.images += len(inputs[0])
 
-    def _charge(self, name: str):  # noqa: ANN202 - the signature is torch's hook protocol
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _charge(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             self.flops[name] += len(inputs[0]) * self.ledger.prices[name]
 
         return hook

@@ -29,7 +29,7 @@ from gatewatt.metrics.estimates import (
     recovery_percent,
     route_statistics,
 )
-from gatewatt.metrics.files import write_new
+from gatewatt.files import write_new
 
 MAX_GATE_STRING = 256
 """Networks with more units than this (spatial and token halting have thousands) leave the gate columns of their rows empty."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as render_safetensors
 from torch import Tensor
 
+from gatewatt.files import write_atomically
 from gatewatt.gating import DynamicNetwork
 from gatewatt.shipped import find_checkpoint
 
@@ -315,29 +315,6 @@ def portable(network: DynamicNetwork, half: bool) -> dict[str, Tensor]:
         state[name] = tensor.detach().to("cpu", kind).clone(memory_format=torch.contiguous_format)
     refuse_non_finite(state, f"{type(network).__name__} in {'float16' if half else 'float32'}")
     return state
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Make ``file`` hold ``content``, or leave it as it was, whatever happens in between."""
-    # In the target's folder: a rename across file systems is a copy, and a copy can be cut short.
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # Without this a power cut can lose the rename; Windows cannot open folders, and does not need to.
-    if os.name == "nt":
-        return
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def described(tensor: Tensor) -> str:

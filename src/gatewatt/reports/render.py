@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gatewatt.metrics.files import write_whole
+from gatewatt.files import write_text
 from gatewatt.reports.collect import RANKING, Panel, ReportError, Run, collect, panels
 from gatewatt.reports.figures import recovery_figure
 from gatewatt.reports.matched import Matched, match
@@ -87,10 +87,10 @@ def report(
         images = [path.name for path in drawn.get(index, [])]
         sections += _panel_section(panel, found, [result for owner, result in matched if owner is panel], images)
     written = [
-        write_whole(out / "RESULTS.md", "\n".join(sections)),
-        write_whole(out / "runs.csv", runs_csv(all_panels, found)),
-        write_whole(out / "matched.csv", matched_csv(matched)),
-        write_whole(out / "orderings.csv", orderings_csv(matched)),
+        write_text(out / "RESULTS.md", "\n".join(sections)),
+        write_text(out / "runs.csv", runs_csv(all_panels, found)),
+        write_text(out / "matched.csv", matched_csv(matched)),
+        write_text(out / "orderings.csv", orderings_csv(matched)),
     ]
     return written + [path for paths_of_panel in drawn.values() for path in paths_of_panel]
 

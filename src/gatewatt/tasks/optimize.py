@@ -64,9 +64,7 @@ class Optimization:
             optimizer = optim.AdamW(trained, self.lr, (self.momentum, 0.999), weight_decay=self.weight_decay)
         scheduler: optim.lr_scheduler.LRScheduler
         if self.schedule == "one_cycle":
-            scheduler = optim.lr_scheduler.OneCycleLR(
-                optimizer, self.lr, total_steps=total_steps + 1, pct_start=self.warmup, cycle_momentum=False
-            )
+            scheduler = optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=total_steps + 1, pct_start=self.warmup, cycle_momentum=False)
         elif self.schedule == "cosine":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
         else:

@@ -16,6 +16,7 @@ from gatewatt.tasks.base import NetworkTask
 from gatewatt.tasks.evaluate import check_batch
 from gatewatt.tasks.optimize import Optimization
 
+
 class DynamicTraining(NetworkTask):
     """Train ``network`` with ``objective``; validate and test it by what it really computes.
 
@@ -96,5 +97,3 @@ class DynamicTraining(NetworkTask):
         flops = self.evaluation.flops.compute()
         figures = {"accuracy": self.evaluation.accuracy.compute(), "flops_clean": flops, "flops_fraction": flops / self.ledger.dense}
         self.log_dict({f"{split}/{name}": value for name, value in figures.items()}, prog_bar=True, rank_zero_only=False)
-
-__all__ = ["DynamicTraining", "full_precision"]

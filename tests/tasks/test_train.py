@@ -1,0 +1,161 @@
+"""Training on clean images: it learns, measures what really ran, and stops where a figure would be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
+import pytest
+import torch
+from tests.training import QUIET, batches, digits, skipnet, trainer
+from torch import Tensor
+from torch.nn import functional
+
+from gatewatt.flops import audit, price
+from gatewatt.gating import DynamicOutput
+from gatewatt.objectives import ComputeTarget
+from gatewatt.tasks import DynamicTraining, Optimization
+
+pytestmark = QUIET
+
+
+class Losses(L.Callback):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def test_twenty_steps_lower_the_loss(tmp_path: Path) -> None:
+    losses, network = Losses(), skipnet()
+    images, labels = next(iter(digits().train_dataloader()))[:2]
+    with torch.no_grad():
+        before = functional.cross_entropy(network(images).logits, labels).item()
+    task = DynamicTraining(network, ComputeTarget(0.7), Optimization(lr=0.05, schedule="constant"))
+    trainer(tmp_path, max_steps=20, limit_val_batches=0, callbacks=[losses]).fit(task, digits())
+    assert len(losses.values) == 20
+    assert sum(losses.values[-5:]) < 0.9 * sum(losses.values[:5])
+    with torch.no_grad():
+        assert functional.cross_entropy(network.eval()(images).logits, labels).item() < 0.9 * before
+
+
+def test_the_logged_terms_add_up_to_the_loss(tmp_path: Path) -> None:
+    losses = Losses()
+    fit = trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[losses])
+    fit.fit(DynamicTraining(skipnet(), ComputeTarget(0.2), Optimization(lr=0.01)), digits())
+    logged = {name: value.item() for name, value in fit.callback_metrics.items()}
+    assert logged.keys() == {"train/cross_entropy", "train/compute"}
+    assert sum(logged.values()) == pytest.approx(losses.values[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_accuracy_and_flops_are_those_of_an_image_by_image_count(verb: str, tmp_path: Path) -> None:
+    network = skipnet()
+    task = DynamicTraining(network)
+    (figures,) = getattr(trainer(tmp_path), verb)(task, digits(), verbose=False)
+    split = "val" if verb == "validate" else "test"
+    chosen = batches(digits(), split)
+    images, labels = torch.cat([batch.images for batch in chosen]), torch.cat([batch.labels for batch in chosen])
+    flops = [audit(network, image[None]) for image in images]
+    with torch.no_grad():
+        correct = sum(int(network(image[None]).logits.argmax()) == int(label) for image, label in zip(images, labels, strict=True))
+    assert len(set(flops)) > 1
+    assert figures == {
+        f"{split}/accuracy": pytest.approx(correct / 20),
+        f"{split}/flops_clean": sum(flops) / 20,
+        f"{split}/flops_fraction": pytest.approx(sum(flops) / 20 / price(network, images[:1]).dense),
+    }
+
+
+def test_figures_are_taken_in_float32_whatever_the_training_precision(tmp_path: Path) -> None:
+    figures = [
+        trainer(tmp_path, precision=precision).validate(DynamicTraining(skipnet()), digits(), verbose=False)
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_a_second_validation_starts_from_zero(tmp_path: Path) -> None:
+    task, run = DynamicTraining(skipnet()), trainer(tmp_path)
+    assert run.validate(task, digits(), verbose=False) == run.validate(task, digits(), verbose=False)
+    assert task.evaluation.meter.images == 20
+
+
+def test_a_checkpoint_holds_the_network_and_nothing_of_the_measurement(tmp_path: Path) -> None:
+    task, run = DynamicTraining(skipnet()), trainer(tmp_path, limit_train_batches=1)
+    run.fit(task, digits())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == {f"network.{name}" for name in task.network.state_dict()}
+
+
+# ---- what stops a run ----
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+@pytest.mark.parametrize(("where", "what"), [("trunk.head", "logits hold"), ("gating.projection", "the scores of gate 'block1' hold")])
+def test_a_network_of_nan_is_not_measured(where: str, what: str, verb: str, channels_last: bool, tmp_path: Path) -> None:
+    network = skipnet()
+    with torch.no_grad():
+        network.get_submodule(where).bias.fill_(torch.nan)
+    task = DynamicTraining(network, channels_last=channels_last)
+    with pytest.raises(ValueError, match=f"{what} NaN or infinity for image 0 of the batch: nothing was recorded"):
+        getattr(trainer(tmp_path), verb)(task, digits(), verbose=False)
+    assert task.evaluation.flops.images == 0
+
+
+def test_the_image_whose_output_is_nan_is_named(tmp_path: Path) -> None:
+    network = skipnet()
+
+    def spoil(module: Any, inputs: Any, output: DynamicOutput) -> None:
+        if len(output.logits) > 5:
+            output.logits[5, 2] = torch.nan
+
+    network.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match="logits hold NaN or infinity for image 5 of the batch"):
+        trainer(tmp_path).validate(DynamicTraining(network), digits(), verbose=False)
+
+
+def test_training_stops_at_a_loss_of_nan_and_takes_no_step(tmp_path: Path) -> None:
+    network = skipnet()
+    with torch.no_grad():
+        network.trunk.head.bias[3] = torch.nan
+    before = network.trunk.stem[0].weight.clone()
+    with pytest.raises(ValueError, match="the cross_entropy term of the loss is nan at step 0; lower the learning rate"):
+        trainer(tmp_path, limit_val_batches=0).fit(DynamicTraining(network), digits())
+    assert torch.equal(network.trunk.stem[0].weight, before)
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_a_network_with_too_few_classes_says_so(verb: str, tmp_path: Path) -> None:
+    message = r"labels span \d to 9, but the network has 5 classes \(0 to 4\); set the network's num_classes to the data's"
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer(tmp_path), verb)(DynamicTraining(skipnet(num_classes=5)), digits())
+
+
+def test_pixels_that_are_no_image_are_refused(tmp_path: Path) -> None:
+    data = digits()
+    loader = data.test_dataloader()
+
+    class Bytes(list[Any]):
+        sampler = loader.sampler
+
+    spoiled = Bytes(batch._replace(images=255 * batch.images) for batch in loader)
+    with pytest.raises(ValueError, match=r"images must be in \[0, 1\]; image 0 of the batch spans"):
+        trainer(tmp_path).test(DynamicTraining(skipnet()), spoiled, verbose=False)
+
+
+def test_channels_last_changes_the_layout_and_no_figure(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    figures = []
+    for channels_last in (True, False):
+        network = skipnet()
+        network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        figures += trainer(tmp_path, limit_test_batches=1).test(DynamicTraining(network, channels_last=channels_last), digits(), verbose=False)
+        assert seen[-1].is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert figures[0] == figures[1]
