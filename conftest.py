@@ -7,6 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is no bug, so no deadline; and a test that fails today must fail again tomorrow, so no fresh examples.
+settings.register_profile("gatewatt", deadline=None, derandomize=True)
+settings.load_profile("gatewatt")
 
 
 def pytest_configure() -> None:

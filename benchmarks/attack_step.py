@@ -62,10 +62,12 @@ def main() -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
         seconds = interleaved({"attack": step, "yardstick": yardstick, "folded": folded_yardstick}, rounds=options.rounds)
     per_step = {name: value / STEPS for name, value in seconds.items()}
-    print(f"{describe_machine()}; SkipNet-38, batch {options.batch}, {'bf16 autocast' if options.bf16 else 'float32'}, median of {options.rounds} rounds")
+    precision = "bf16 autocast" if options.bf16 else "float32"
+    ratios = {name: per_step["attack"] / per_step[name] for name in ("yardstick", "folded")}
+    print(f"{describe_machine()}; SkipNet-38, batch {options.batch}, {precision}, median of {options.rounds} rounds")
     print(f"one GradMDM iteration                          {1e3 * per_step['attack']:9.1f} ms")
-    print(f"one forward, two input-gradient backwards      {1e3 * per_step['yardstick']:9.1f} ms   ratio {per_step['attack'] / per_step['yardstick']:.3f}")
-    print(f"the same with BatchNorm folded                 {1e3 * per_step['folded']:9.1f} ms   ratio {per_step['attack'] / per_step['folded']:.3f}")
+    print(f"one forward, two input-gradient backwards      {1e3 * per_step['yardstick']:9.1f} ms   ratio {ratios['yardstick']:.3f}")
+    print(f"the same with BatchNorm folded                 {1e3 * per_step['folded']:9.1f} ms   ratio {ratios['folded']:.3f}")
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
         GradMDM()(network, images, ledger=ledger)

@@ -9,12 +9,21 @@ timed in turn inside one run on the same images, in float32; masked is beside th
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from timing import describe_machine, interleaved
+from torch import Tensor
 
 from gatewatt import load, price
 from gatewatt.data import FolderData
+from gatewatt.gating import DynamicNetwork, Execution
+
+
+def run(network: DynamicNetwork, batches: list[Tensor], execution: Execution) -> None:
+    """One pass over every batch."""
+    for images in batches:
+        network(images, execution)
 
 
 def main() -> None:
@@ -36,10 +45,8 @@ def main() -> None:
         ledger = price(network, batches[0][:1])
         with torch.no_grad():
             flops = torch.cat([ledger(network(images, "skipped").gates) for images in batches]).mean().item()
-            cases = {
-                execution: lambda execution=execution: [network(images, execution) for images in batches]
-                for execution in ("dense", "skipped", "masked")
-            }
+            executions: tuple[Execution, ...] = ("dense", "skipped", "masked")
+            cases = {execution: partial(run, network, batches, execution) for execution in executions}
             seconds = {name: value / repeats for name, value in interleaved(cases, rounds=options.rounds).items()}
         ratios = [seconds[name] / seconds["dense"] for name in ("skipped", "masked")]
         print(

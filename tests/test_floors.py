@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ def rooms() -> Iterator[tuple[str, Path]]:
             yield path.parts[0].removesuffix(".py"), file
 
 
+@cache
 def all_imports() -> list[Import]:
     found = []
     for room, file in rooms():

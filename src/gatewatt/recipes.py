@@ -154,6 +154,7 @@ class _Fragment:
         if id(node) in self._open:
             raise self.fail(node, key, "an alias contains itself")
         self._open.add(id(node))
+        assert isinstance(node, (yaml.MappingNode, yaml.SequenceNode))  # what is neither carries a tag that was refused
         value = self._mapping(node, key) if isinstance(node, yaml.MappingNode) else self._sequence(node, key)
         self._open.remove(id(node))
         return value
@@ -171,9 +172,9 @@ class _Fragment:
                 raise self.fail(name_node, (*key, name), f"a key must be a word, got {_kind(name_node)} {name!r}")
             if name in mapping:
                 raise self.fail(name_node, (*key, name), f"the key appears twice (first on line {lines[name]})")
-            lines[name] = _line(name_node)
-            self.origins[(*key, name)] = Origin(self.path, _line(name_node))
-            mapping[name] = self._value(value_node, (*key, name))
+            lines[name], inner = _line(name_node), (*key, name)
+            self.origins[inner] = Origin(self.path, _line(name_node))
+            mapping[name] = self._value(value_node, inner)
         for name in mapping:
             if name.endswith("+") and name[:-1] in mapping:
                 raise self.fail(node, (*key, name), f"{name!r} appends to an inherited list and {name[:-1]!r} replaces it; give one of the two")
@@ -182,8 +183,9 @@ class _Fragment:
     def _sequence(self, node: yaml.SequenceNode, key: Key) -> list[Any]:
         values = []
         for index, entry in enumerate(node.value):
-            self.origins[(*key, str(index))] = Origin(self.path, _line(entry))
-            values.append(self._value(entry, (*key, str(index))))
+            inner = (*key, str(index))
+            self.origins[inner] = Origin(self.path, _line(entry))
+            values.append(self._value(entry, inner))
         return values
 
     def _scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
@@ -300,8 +302,9 @@ class _Merge:
                 continue
             inherited = base.get(name)
             if isinstance(value, dict) and isinstance(inherited, dict):
-                self.merged.origins[(*target, name)] = self.origins[(*source, name)]
-                self.mapping(value, inherited, (*source, name), (*target, name))
+                there, here = (*source, name), (*target, name)
+                self.merged.origins[here] = self.origins[there]
+                self.mapping(value, inherited, there, here)
             else:
                 self._forget((*target, name))
                 base[name] = self._placed(value, (*source, name), (*target, name))

@@ -27,6 +27,7 @@ data:
     val_images: 20
 trainer:
   max_steps: 1
+  log_every_n_steps: 1
   accelerator: cpu
   enable_progress_bar: false
   num_sanity_val_steps: 0

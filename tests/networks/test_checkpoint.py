@@ -6,9 +6,6 @@ import errno
 import json
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -514,35 +511,3 @@ def test_a_kill_between_weights_and_card_is_noticed(saved: Path, network: SkipNe
     with pytest.raises(KeyboardInterrupt):
         save(network, saved, card=CARD, overwrite=True)
     assert "is not the file of its card" in refused(saved)
-
-
-def test_a_written_file_has_the_permissions_of_any_new_file(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "ordinary").touch()
-    assert {path.stat().st_mode for path in (saved, saved.with_suffix(".json"))} == {(tmp_path / "ordinary").stat().st_mode}
-
-
-def test_a_killed_writer_leaves_a_whole_file_or_none(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    script = """
-        import sys
-        from pathlib import Path
-        from gatewatt.networks.checkpoint import write_atomically
-        print("ready", flush=True)
-        for round in range(10**9):
-            write_atomically(Path(sys.argv[1]), bytes([round % 256]) * 3_000_000)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(path)], stdout=subprocess.PIPE, env=environment())
-    assert process.stdout is not None
-    process.stdout.readline()
-    while not path.exists():
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
-    content = path.read_bytes()
-    assert len(content) == 3_000_000
-    assert len(set(content)) == 1
-
-
-def environment() -> dict[str, str]:
-    """The environment of this process, able to import the package from a checkout that is not installed."""
-    return {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}

@@ -76,12 +76,13 @@ def folded(network: nn.Module) -> Iterator[None]:
     try:
         for sequence in [module for module in network.modules() if type(module) is nn.Sequential]:
             for index, (convolution, norm) in enumerate(pairwise(list(sequence))):
-                plain = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_var is not None
-                if plain and not any(module._forward_hooks or module._forward_pre_hooks for module in (convolution, norm)):
+                if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
+                    continue
+                if not any(module._forward_hooks or module._forward_pre_hooks for module in (convolution, norm)):
                     # The fused weights lose channels_last otherwise, and every step would convert the activations.
                     dense = torch.channels_last if convolution.weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
                     sequence[index] = fuse_conv_bn_eval(convolution, norm).requires_grad_(False).to(memory_format=dense)
-                    sequence[index + 1] = nn.Identity()
+                    sequence[index + 1] = nn.Identity().eval()
                     swapped.append((sequence, index, convolution, norm))
         yield
     finally:
@@ -147,10 +148,10 @@ class EnergyAttack:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
         parts = {"loss": self.loss, "direction": self.direction, "space": self.space}
-        described = {
-            role: {"kind": type(part).__name__} | {key: value for key, value in vars(part).items() if isinstance(value, (int, float, str))}
-            for role, part in parts.items()
-        }
+        described: dict[str, dict[str, Any]] = {}
+        for role, part in parts.items():
+            plain_values = {key: value for key, value in vars(part).items() if isinstance(value, (int, float, str))}
+            described[role] = {"kind": type(part).__name__, **plain_values}
         plain = {key: getattr(self, key) for key in ("gamma", "reduction", "steps", "warmup", "lr", "keep", "decision")}
         return {"name": self.name, **plain, **described}
 

@@ -35,7 +35,7 @@ class GateReport(L.Callback):
         hooked = {module: reduced(trainer, flops) for module, flops in evaluation.meter.flops.items()}
         rates = dict(zip(ledger.units, usage.split(list(ledger.units.values())), strict=True))
         self.rows = []
-        for gate, metric in zip(ledger.units, evaluation.charged, strict=True):
+        for gate, metric in evaluation.per_gate.items():
             modules = [charge.module for charge in ledger.charges if charge.gates[-1] == gate]
             charged, ran = metric.compute().item(), sum(hooked[module] for module in modules) / images
             if charged != ran:

@@ -13,6 +13,7 @@ import torch.distributed
 
 from gatewatt import __version__
 from gatewatt.callbacks.console import mflops, percent, print_table
+from gatewatt.data.loader import evaluated_ids
 from gatewatt.metrics.record import merge_records, summarize, write_records, write_summary
 from gatewatt.networks.checkpoint import amend_card
 from gatewatt.tasks.attack import EnergyAttackEvaluation
@@ -72,7 +73,7 @@ class ResultFiles(L.Callback):
         seconds = float(trainer.strategy.reduce(torch.tensor(pl_module.attack_seconds), reduce_op="max"))
         if not trainer.is_global_zero:
             return
-        rows = merge_records(parts, expected_ids(trainer))
+        rows = merge_records(parts, evaluated_ids(trainer.test_dataloaders))
         data = getattr(trainer, "datamodule", None)
         folder = Path(trainer.default_root_dir)
         summary = summarize(
@@ -93,16 +94,6 @@ class ResultFiles(L.Callback):
             # As the file has it: what is undefined is null there, which a card can hold.
             amend_card(pl_module.checkpoint, measured={key: written[key] for key in CARD_KEYS})
         print(f"wrote {folder / 'summary.json'} and {folder / 'records.csv'}")
-
-
-def expected_ids(trainer: L.Trainer) -> list[int]:
-    """Positions of the images that the test was to attack: all of the loader's, or those of the batches that the trainer is limited to."""
-    loaders = trainer.test_dataloaders
-    loader = loaders[0] if isinstance(loaders, list) else loaders
-    order = loader.sampler
-    # Whole batches are dealt to the processes in turn, and the first process has the most.
-    batches = int(trainer.num_test_batches[0]) * trainer.world_size
-    return [int(index) for index in order.indices[: batches * order.batch_size]]
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gatewatt.attacks import EnergyAttack, GradMDM
 from gatewatt.callbacks.console import mflops, percent, print_table
 from gatewatt.data.batch import Batch
+from gatewatt.data.loader import evaluated_ids
 from gatewatt.metrics import MeanFlops, RecoveryPercent
 from gatewatt.metrics.distortion import mse_levels2, round_to_8bit
 from gatewatt.metrics.record import psnr_of_mse
@@ -122,6 +123,5 @@ class RecoveryCallback(L.Callback):
         )
 
     def _chosen(self, trainer: L.Trainer, batch: Batch) -> Tensor:
-        loader = trainer.val_dataloaders[0] if isinstance(trainer.val_dataloaders, list) else trainer.val_dataloaders
-        first = loader.sampler.indices[: self.images].to(batch.ids.device)
+        first = torch.tensor(evaluated_ids(trainer.val_dataloaders)[: self.images], device=batch.ids.device)
         return torch.isin(batch.ids, first)

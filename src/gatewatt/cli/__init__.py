@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gatewatt.cli.quiet import quiet
 from gatewatt.recipes import VERBS, Recipe, load_recipes
 
 PROGRAM = "gatewatt"
@@ -128,6 +129,8 @@ def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
     recipe = Recipe() if recipe is None else recipe
     loaded = load_recipes(names)
     recipe.settings, recipe.origins, recipe.files = loaded.settings, loaded.origins, loaded.files
+    # Before the imports, some of which warn.
+    quiet()
     if verb in VERBS:
         from gatewatt.cli.trainer import run
     else:

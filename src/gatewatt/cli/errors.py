@@ -17,6 +17,7 @@ _EXPECTED = (
     ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
     ("gatewatt.flops", "UnpricedOperator"),
 )
+GROUPS = ("model", "data", "trainer", "seed_everything", "run", "ckpt_path")
 _SHELL = ("Does not validate against any", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
 
 
@@ -49,12 +50,18 @@ def explain(error: Exception, recipe: Recipe) -> str | None:
     if complaint.key:
         key = ".".join(complaint.key)
         origin = None if complaint.given else recipe.origin(key)
+        # jsonargparse leaves out which entry of a list it speaks of.
+        entries = [path for path in recipe.origins if tuple(part for part in path if not part.isdecimal()) == complaint.key]
+        if origin is not None and len(entries) == 1:
+            key, origin = ".".join(entries[0]), recipe.origins[entries[0]]
         return one_line(f"{origin}: {key}: {complaint.message}" if origin else f"--{key}: {complaint.message}")
     if complaint.given or re.match(r"--|argument --|unrecognized arguments", complaint.message):
         return one_line(complaint.message)
     suspect = blame(complaint.message, recipe, certain=recipe.running)
     if suspect is not None:
         key, origin = suspect
+        if isinstance(error, TypeError) and "NoneType" in complaint.message:
+            return one_line(f"{origin}: {key}: must not be null")
         return one_line(f"{origin}: {key}: {complaint.message.removeprefix(f'{key}: ')}")
     return one_line(f"{recipe.files[-1]}: {complaint.message}" if recipe.files and not recipe.running else complaint.message)
 
@@ -99,7 +106,7 @@ def condense(text: str) -> Complaint:
             value = value or match[1]
             if wanted:
                 break
-        if content and not content.startswith(_SHELL):
+        if content not in ("", "-") and not content.startswith(_SHELL):
             cause = content
             break
     given = "NestedArg(" in text
@@ -111,16 +118,21 @@ def condense(text: str) -> Complaint:
         cause = f"{owner.rpartition('.')[2]} has no field {unknown!r}{suggestion(owner, unknown)}"
     elif match := re.match(r"Subcommand '(\w+)' does not accept option '([^']+)'", cause):
         key = match[2].split(".")
-        owner = "lightning.pytorch.Trainer" if key[0] == "trainer" and len(key) > 1 else ""
-        cause = f"there is no such field{suggestion(owner, key[1]) if owner else ''}"
+        if key[0] == "trainer" and len(key) > 1:
+            cause = f"there is no such field{suggestion('lightning.pytorch.Trainer', key[1])}"
+        else:
+            # jsonargparse names the first value inside; the mistake is the group.
+            key = key[:1]
+            near = get_close_matches(key[0], GROUPS, n=1)
+            cause = f"there is no such field; did you mean {near[0]}?" if near else f"there is no such field; a recipe has {', '.join(GROUPS)}"
     elif match := re.match(r"the following arguments are required: (.*)", cause):
         missing = re.sub(r"\b(?:fit|validate|test|predict)\.", "", match[1])
         cause = "no task is given; add one, such as -c task/train" if missing == "model" else f"{missing} must be given"
-    elif owner and (match := re.match(r"module '[^']+' has no attribute '([^']+)'", cause)):
-        key.append("class_path")
+    elif owner and re.match(r"module '[^']+' has no attribute|No module named", cause):
+        key += ["class_path"]
         cause = f"there is no class {owner}"
     elif match := re.match(r"Import path (\S+) does not correspond to a subclass of (\w+)", cause):
-        key.append("class_path")
+        key += ["class_path"]
         cause = f"{match[1]} is no {match[2]}"
     elif match := re.match(r"Expected a dot import path string: (.*)", cause):
         cause = f"there is no class {match[1]!r}; give its dotted path, such as gatewatt.networks.SkipNet"
@@ -161,20 +173,32 @@ def blame(message: str, recipe: Recipe, *, certain: bool) -> tuple[str, Origin] 
         recipe: the merged recipe.
         certain: ask for name and value.
     """
-    # A message names its argument first and often explains with others, so a name in the first place counts double.
-    words = re.findall(r"[\w./-]*\w", message)
+    words, received = (re.findall(r"[\w.:/-]*\w", part) for part in (message, message.rpartition("got ")[2]))
     scores: dict[Key, int] = {}
     for key, value in leaves(recipe.settings):
+        # A message names its argument first and often explains with others, so a name in the first place counts double.
         named = (2 if words[:1] == [key[-1]] else 1) if key[-1] in words else 0
-        # Short values such as 1 or true occur by chance.
-        valued = len(str(value)) > 1 and str(value).rstrip("/") in words
-        assigned = f"{key[-1]}={value!r}" in message
+        assigned = f"{key[-1]}={value!r}" in message or ".".join(key) in words
+        valued = mentioned(value, words, received)
         if assigned or (named and valued) or (not certain and (named or valued)):
             scores[key] = named + 2 * valued + 4 * assigned
     best = [key for key in scores if scores[key] == max(scores.values())]
     if len(best) != 1 or best[0] not in recipe.origins:
         return None
     return ".".join(best[0]), recipe.origins[best[0]]
+
+
+def mentioned(value: Any, words: list[str], received: list[str]) -> bool:
+    """Whether a message speaks of a value; ``received`` are its words after "got".
+
+    Short numbers and true or false stand in many a message by chance, so they count only where it says what it got.
+    """
+    if value is None:
+        return "NoneType" in words
+    text = str(value).rstrip("/")
+    if isinstance(value, str):
+        return len(text) > 1 and text in words
+    return text in received or (len(text) > 4 and text in words)
 
 
 def leaves(value: Any, key: Key = ()) -> list[tuple[Key, Any]]:

@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from gatewatt.callbacks.console import percent, print_table
+from gatewatt.cli.quiet import quiet
 from gatewatt.flops import Routes, compare_routes, price, random_patterns
 from gatewatt.gating import DynamicNetwork
 from gatewatt.networks.checkpoint import card_of, load, load_weights
@@ -35,12 +36,13 @@ class Subject(NamedTuple):
 
 def run(verb: str, recipe: Recipe, flags: Sequence[str]) -> int:
     """Run ``price`` or ``audit``; returns the exit code, 1 where an audit fails."""
+    quiet()
     parser = make_parser(verb)
     options = parse(parser, recipe, flags)
     if verb == "audit" and options.images + options.patterns == 0:
         raise ValueError("images and patterns are both 0: there is nothing to compare")
     torch.manual_seed(options.get("seed") or 0)
-    subject = build(parser.instantiate_classes(options))
+    subject = build(parser.instantiate(options))
     recipe.running = True
     if verb == "price":
         show_prices(subject)
@@ -116,7 +118,7 @@ def audit(subject: Subject, *, images: int, patterns: int, seed: int) -> int:
     pictures = list(pick_images(subject, max(images, 1), seed))
     ledger = price(subject.network, pictures[0])
     forced = random_patterns(subject.network, pictures[0], patterns, seed=seed)
-    jobs = [(picture, None) for picture in pictures[:images]]
+    jobs: list[tuple[Tensor, dict[str, Tensor] | None]] = [(picture, None) for picture in pictures[:images]]
     jobs += [(pictures[index % len(pictures)], pattern) for index, pattern in enumerate(forced)]
     console = Console(stderr=True)
     routes = [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +19,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gatewatt.callbacks import AtomicCheckpointIO
+from gatewatt.cli.quiet import quiet
 from gatewatt.recipes import Recipe, RecipeError
 
 FOLDER_VARIABLE = "GATEWATT_RUN_FOLDER"  # tells the processes that Lightning starts which folder the first one reserved
+PARTS = ("attacks", "callbacks", "data", "networks", "objectives", "tasks")  # a class may be named without its module once it is imported
 SIGTERM_CODE = 143  # 128 + 15; Lightning itself ends a terminated run with 0
-
-_NOISE = (
-    "Tip:",  # advertises litlogger and litmodels at every start
-    "Seed set to",  # written to recipe.yaml
-    "TPU available",  # always false where torch_xla is missing, so no news
-)
-_WARNINGS = (
-    # Lightning 2.6 asks torch whether a tree node is a leaf in the old way; nothing that a user could change.
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # fvcore decorates helpers with torch.jit when it is imported and traces with it.
-    r"`torch\.jit\.\w+` is (deprecated|not supported)",
-    # The tasks bring batches into the memory format of the weights; the data modules have no such hook.
-    r"You have overridden `on_after_batch_transfer` in `LightningModule`",
-    # The images of small data sets are in memory: one process loads a batch in a millisecond.
-    r"The '\w+' does not have many workers",
-    # The folder is the run's own; what lies in it is the recipe that was just written.
-    r"(Experiment logs|Checkpoint) directory .* exists and is not empty",
-)
-
-
-def quiet() -> None:
-    """Keep from the terminal what is no news: advertising, and warnings that a user can do nothing about."""
-    for pattern in _WARNINGS:
-        warnings.filterwarnings("ignore", message=pattern)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        # On the handlers: a filter of a logger does not see what its children log.
-        for handler in logging.getLogger(name).handlers:
-            if not any(isinstance(present, _Noise) for present in handler.filters):
-                handler.addFilter(_Noise())
-
-
-class _Noise(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not any(phrase in record.getMessage() for phrase in _NOISE)
 
 
 class RunFolder(L.Callback):
@@ -74,9 +42,14 @@ class RunFolder(L.Callback):
         """Share the folder and write ``recipe.yaml``."""
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         # Under torchrun all processes start at once, so only now can the others learn what the first one reserved.
-        trainer._default_root_dir = str(self.folder)
+        trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             (self.folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
+
+
+def process_rank() -> int:
+    """Rank of this process as Lightning learned it from the environment, before any process group exists."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
 
 
 def reserve_folder(name: str) -> Path:
@@ -172,15 +145,21 @@ class RecipeCLI(LightningCLI):
             settings["plugins"] = [AtomicCheckpointIO()]
         if config.get("logger") in (None, True):
             settings["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="tensorboard", version="")]
-        return super().instantiate_trainer(**settings, **kwargs)
+        try:
+            return super().instantiate_trainer(**settings, **kwargs)
+        except BaseException:
+            # Nothing has run: what the recipe got wrong should not use up the run's name.
+            with suppress(OSError):
+                folder.rmdir()
+            raise
 
     def run_folder(self) -> Path:
         """The run's folder; made by the first process."""
-        if rank_zero_only.rank > 0 and FOLDER_VARIABLE in os.environ:
+        if process_rank() > 0 and FOLDER_VARIABLE in os.environ:
             # Lightning started this process from the first one, which had reserved the folder.
             return Path(os.environ[FOLDER_VARIABLE])
         name = self.run_name()
-        if rank_zero_only.rank > 0:
+        if process_rank() > 0:
             return Path("runs") / name
         folder = reserve_folder(name)
         os.environ[FOLDER_VARIABLE] = str(folder)
@@ -230,5 +209,7 @@ def empty_mappings(settings: dict[str, Any], key: tuple[str, ...] = ()) -> Itera
 def run(verb: str, recipe: Recipe, flags: Sequence[str]) -> int:
     """Run a trainer verb; returns the exit code."""
     quiet()
+    for part in PARTS:
+        importlib.import_module(f"gatewatt.{part}")
     command = RecipeCLI(verb, recipe, ["--help" if flag == "--help-all" else flag for flag in flags])
     return SIGTERM_CODE if command.trainer.received_sigterm else 0

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from gatewatt.data.batch import Batch
+from gatewatt.data.order import BatchOrder
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -27,3 +28,19 @@ class BatchLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def evaluated_ids(loaders: Any) -> list[int]:
+    """Positions of the images that an evaluation visits over all processes, in order.
+
+    Args:
+        loaders: what a Lightning trainer holds as its validation or test loaders: one :class:`BatchLoader`, or a list of one.
+
+    Raises:
+        TypeError: for a loader of another kind, whose images have no ids to merge by.
+    """
+    loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
+    order = getattr(loader, "sampler", None)
+    if not isinstance(order, BatchOrder):
+        raise TypeError(f"images are identified by gatewatt's own loaders; got {type(loader).__name__}, use a module of gatewatt.data")
+    return [int(index) for index in order.indices]

@@ -85,8 +85,7 @@ class FlopsLedger:
         return units / units.sum()
 
     def _law(self, usage: Mapping[str, tuple[Tensor, int]]) -> Tensor:
-        # Summed from zero rather than from `fixed`, so that the sum starts on the device of the gates.
-        return self.fixed + sum(self._charged(charge, usage) for charge in self.charges)
+        return self.fixed + torch.stack([self._charged(charge, usage) for charge in self.charges]).sum(0)
 
     def _charged(self, charge: Charge, usage: Mapping[str, tuple[Tensor, int]]) -> Tensor:
         counts, units = torch.tensor(self.prices[charge.module], dtype=torch.float64), 1

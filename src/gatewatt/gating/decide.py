@@ -57,6 +57,7 @@ class Forced:
         self.pattern = pattern
 
     def __call__(self, name: str, score: Tensor, threshold: Tensor, *, training: bool) -> Tensor:
+        """The decisions dictated for the gate ``name``."""
         if name not in self.pattern:
             raise ValueError(f"no forced decision for gate {name!r}; the pattern names {', '.join(self.pattern)}")
         decision = self.pattern[name].to(score)

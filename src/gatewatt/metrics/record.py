@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gatewatt.files import write_new
 from gatewatt.metrics.estimates import (
     RELATIVE_SLACK,
     Column,
@@ -29,7 +30,6 @@ from gatewatt.metrics.estimates import (
     recovery_percent,
     route_statistics,
 )
-from gatewatt.files import write_new
 
 MAX_GATE_STRING = 256
 """Networks with more units than this (spatial and token halting have thousands) leave the gate columns of their rows empty."""

@@ -30,7 +30,7 @@ class NetworkTask(L.LightningModule):
             load_weights(network, checkpoint)
         self.checkpoint = checkpoint
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network = network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.network = network.to(memory_format=self.memory_format)
         self._priced_at: tuple[int, ...] | None = None
 
     @property

@@ -49,7 +49,7 @@ class CleanEvaluation(nn.Module):
         self.ledger, self.num_classes = ledger, num_classes
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.flops, self.usage = MeanFlops(), GateUsage(sum(ledger.units.values()))
-        self.charged = nn.ModuleList([MeanFlops() for _ in ledger.units])
+        self.charged = nn.ModuleList([MeanFlops() for _ in ledger.units])  # one per gate, in the ledger's order
         self.meter = ExecutionMeter(network, ledger)
 
     def step(self, batch: Batch) -> tuple[DynamicOutput, Tensor]:
@@ -66,12 +66,17 @@ class CleanEvaluation(nn.Module):
         self.accuracy.update(output.logits, batch.labels)
         self.flops.update(flops)
         self.usage.update(gate_table(output.gates).executed)
-        for metric, charged in zip(self.charged, self.ledger.per_gate(output.gates).values(), strict=True):
+        for metric, charged in zip(self.per_gate.values(), self.ledger.per_gate(output.gates).values(), strict=True):
             metric.update(charged)
         return output, flops
 
+    @property
+    def per_gate(self) -> dict[str, MeanFlops]:
+        """Running FLOPs charged to each gate."""
+        return {gate: metric for gate, metric in zip(self.ledger.units, self.charged, strict=True) if isinstance(metric, MeanFlops)}
+
     def reset(self) -> None:
         """Start from zero."""
-        for metric in (self.accuracy, self.flops, self.usage, *self.charged):
+        for metric in (self.accuracy, self.flops, self.usage, *self.per_gate.values()):
             metric.reset()
         self.meter.reset()

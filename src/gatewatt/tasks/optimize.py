@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn, optim
 
 
@@ -49,7 +50,7 @@ class Optimization:
         # torch's one-cycle schedule refuses the integer 0.
         self.schedule, self.warmup, self.milestones = schedule, float(warmup), tuple(milestones)
 
-    def configure(self, parameters: Iterable[nn.Parameter], total_steps: int) -> dict[str, Any]:
+    def configure(self, parameters: Iterable[nn.Parameter], total_steps: int) -> OptimizerLRSchedulerConfig:
         """The dictionary that Lightning's ``configure_optimizers`` returns.
 
         Args:

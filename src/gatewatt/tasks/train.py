@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from gatewatt.data.batch import Batch
@@ -44,7 +44,7 @@ class DynamicTraining(NetworkTask):
         self.objective = objective or CrossEntropy()
         self.optimization = optimization or Optimization()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimiser and schedule over the steps of this run."""
         return self.optimization.configure(self.network.parameters(), int(self.trainer.estimated_stepping_batches))
 
