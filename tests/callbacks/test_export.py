@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_the_file_is_the_trained_network(kind: type[DynamicTraining], tmp_path: 
     assert (card["dataset"], card["seed"], card["epochs"], card["recipe"]) == ("digits", 0, 2, None)
     assert card["validation"] == {name: value.item() for name, value in run.callback_metrics.items() if name.startswith("val/")}
     assert {"val/accuracy", "val/flops_clean"} <= card["validation"].keys()
-    assert card["versions"]["torch"] == torch.__version__
+    assert card["versions"]["torch"] == version("torch")
 
 
 def test_the_card_holds_the_recipe_of_the_run(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_report_is_what_each_gate_did_on_the_validation_images(tmp_path: Pat
     assert always[:2] == ["always on", mflops(task.ledger.fixed)]
     assert total[3] == mflops(task.ledger(gates).mean().item())
     printed = capsys.readouterr().out
-    assert "20 clean images" in printed
+    assert "12 clean images" in printed
     assert all(row[0] in printed for row in report.rows)
 
 

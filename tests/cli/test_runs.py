@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import signal
 from pathlib import Path
 
@@ -46,8 +45,9 @@ def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
     assert main(["fit", "-c", "runs/a/recipe.yaml"]) == 0
     again = load_recipes([tmp_path / "runs" / "a-2" / "recipe.yaml"]).settings
     assert again == resolved
-    losses = [list(csv.DictReader((tmp_path / "runs" / name / "metrics.csv").open()))[-1] for name in ("a", "a-2")]
-    assert losses[0] == losses[1]
+    first, second = ((tmp_path / "runs" / name / "metrics.csv").read_text() for name in ("a", "a-2"))
+    assert "train/cross_entropy" in first
+    assert first == second
 
 
 def test_flags_win_over_recipes_and_later_recipes_over_earlier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,13 +40,14 @@ def closed(network: DynamicNetwork, images: int, value: float = 0.0) -> dict[str
 
 
 def test_four_routes_and_arithmetic_agree_on_200_random_patterns(images: Tensor) -> None:
-    network, images = SkipNet(14, width=4).eval(), images[:, :, :16, :16].contiguous()
-    ledger = price(network, images[:1])
-    for batch, count in [(1, 70), (2, 70), (5, 60)]:
+    images = images[:, :, :16, :16].contiguous()
+    for depth, batch, count in [(8, 1, 20), (8, 7, 100), (14, 1, 40), (14, 3, 40)]:
+        network = SkipNet(depth, width=4).eval()
+        ledger = price(network, images[:1])
         for pattern in random_patterns(network, images[:batch], count, seed=batch):
             routes = compare_routes(network, images[:batch], ledger, pattern)
             assert routes.agree
-            assert routes.ledger == routes.traced == routes.dispatched == routes.hooked == counted(14, 16, 4, pattern)
+            assert routes.ledger == routes.traced == routes.dispatched == routes.hooked == counted(depth, 16, 4, pattern)
 
 
 @pytest.mark.slow
@@ -119,8 +120,12 @@ def test_a_batch_costs_what_its_images_cost(measure: object, network: SkipNet, i
 
 def test_gates_that_only_steer_control_flow_are_counted(network: SkipNet, images: Tensor) -> None:
     class LogitsAlone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
         def forward(self, images: Tensor) -> Tensor:
-            return network(images, "skipped").logits
+            return self.network(images, "skipped").logits
 
     pattern, gates = closed(network, 1), (4 * 10 + 40 * 20 + 10) + (8 * 10 + 40 * 20 + 10)
     with torch.no_grad(), forced(network, pattern):

@@ -90,7 +90,7 @@ def test_a_second_test_forgets_the_first(tmp_path: Path) -> None:
     rows = list(task.rows)
     run.test(task, digits(), verbose=False)
     assert task.rows == rows
-    assert len(rows) == 20
+    assert len(rows) == 12
 
 
 def test_figures_are_taken_in_float32_whatever_the_attacks_precision(tmp_path: Path) -> None:

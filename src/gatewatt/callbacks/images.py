@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, write_png
 
 from gatewatt.callbacks.console import mflops, percent, print_table
 from gatewatt.data.batch import Batch
@@ -74,5 +75,7 @@ class AdversarialPNGs(L.Callback):
         path = self.folder / f"{index:06d}.png"
         if path.exists():
             raise FileExistsError(f"{path} is there already; choose another run folder")
-        write_png((image.cpu() * 255).round().to(torch.uint8), str(path))
-        return decode_image(str(path), ImageReadMode.RGB).float() / 255
+        levels = (image.cpu() * 255).round().to(torch.uint8)
+        Image.fromarray(levels.permute(1, 2, 0).numpy()).save(path)
+        with Image.open(path) as saved:
+            return torch.from_numpy(np.array(saved.convert("RGB"))).permute(2, 0, 1).float() / 255

@@ -43,7 +43,7 @@ HELP = {
     "fit": Help("train or defend a network", "fit -c RECIPE [--KEY VALUE ...]", _RECIPES + "  --ckpt_path FILE   resume a run\n"),
     "validate": Help("validate a network on clean images", "validate -c RECIPE [--KEY VALUE ...]", _RECIPES),
     "test": Help("test or attack a network and write summary.json", "test -c RECIPE [--KEY VALUE ...]", _RECIPES),
-    "predict": Help("predict, and report what each image cost", "predict -c RECIPE [--KEY VALUE ...]", _RECIPES),
+    "predict": Help("attack images and write them as PNG files", "predict -c RECIPE [--KEY VALUE ...]", _RECIPES),
     "price": Help(
         "print what each gate's decision costs",
         "price (-c RECIPE | --checkpoint NAME) [--size 32]",
@@ -64,9 +64,9 @@ HELP = {
     ),
     "report": Help(
         "render tables and figures from run folders",
-        "report FOLDER [FOLDER ...] [--out report]",
+        "report FOLDER [FOLDER ...] [-o report]",
         "  FOLDER             run folders, or folders that hold some at any depth\n"
-        "  --out FOLDER       where RESULTS.md, CSV files and figures are written (default: report)\n"
+        "  -o FOLDER          where RESULTS.md, CSV files and figures are written (default: report)\n"
         "  --title TEXT       first line of the report\n"
         "  --formats LIST     of the figures: png, svg or png,svg\n"
         "  --no-figures       tables only\n",
@@ -167,7 +167,7 @@ def render(arguments: Sequence[str]) -> int:
     """Run ``report``: its own small parser, since it needs neither recipes nor torch."""
     parser = ArgumentParser(prog=f"{PROGRAM} report", add_help=False, exit_on_error=False)
     parser.add_argument("paths", nargs="*")
-    parser.add_argument("--out", default="report")
+    parser.add_argument("-o", "--out", default="report")
     parser.add_argument("--title", default="Results")
     parser.add_argument("--no-figures", action="store_true")
     parser.add_argument("--formats", default="png")

@@ -60,7 +60,7 @@ def explain(error: Exception, recipe: Recipe) -> str | None:
     suspect = blame(complaint.message, recipe, certain=recipe.running)
     if suspect is not None:
         key, origin = suspect
-        if isinstance(error, TypeError) and "NoneType" in complaint.message:
+        if "'NoneType'" in complaint.message:
             return one_line(f"{origin}: {key}: must not be null")
         return one_line(f"{origin}: {key}: {complaint.message.removeprefix(f'{key}: ')}")
     return one_line(f"{recipe.files[-1]}: {complaint.message}" if recipe.files and not recipe.running else complaint.message)
@@ -173,7 +173,8 @@ def blame(message: str, recipe: Recipe, *, certain: bool) -> tuple[str, Origin] 
         recipe: the merged recipe.
         certain: ask for name and value.
     """
-    words, received = (re.findall(r"[\w.:/-]*\w", part) for part in (message, message.rpartition("got ")[2]))
+    _, got, after = message.rpartition("got ")
+    words, received = (re.findall(r"[\w.:/-]*\w", part) for part in (message, after if got else ""))
     scores: dict[Key, int] = {}
     for key, value in leaves(recipe.settings):
         # A message names its argument first and often explains with others, so a name in the first place counts double.

@@ -178,6 +178,13 @@ class RecipeCLI(LightningCLI):
         self.recipe.running = True
         super()._run_subcommand(subcommand)
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict" and arguments.get("return_predictions") is None:
+            # Callbacks write what is wanted; kept in memory, the images of a whole data set would add up to gigabytes.
+            arguments["return_predictions"] = False
+        return arguments
+
     def resolved(self) -> str:
         """The recipe with every default written out, as it runs; usable as a recipe again."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_validation=True))[self.verb]

@@ -65,10 +65,16 @@ class Optimization:
             optimizer = optim.AdamW(trained, self.lr, (self.momentum, 0.999), weight_decay=self.weight_decay)
         scheduler: optim.lr_scheduler.LRScheduler
         if self.schedule == "one_cycle":
-            scheduler = optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=total_steps + 1, pct_start=self.warmup, cycle_momentum=False)
+            scheduler = optim.lr_scheduler.OneCycleLR(
+                optimizer, self.lr, total_steps=total_steps + 1, pct_start=self._rising(total_steps + 1), cycle_momentum=False
+            )
         elif self.schedule == "cosine":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
         else:
             drops = [round(milestone * total_steps) for milestone in self.milestones] if self.schedule == "step" else []
             scheduler = optim.lr_scheduler.MultiStepLR(optimizer, drops)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rising(self, steps: int) -> float:
+        """The fraction of the run that rises. Where that is one step exactly, torch divides by the zero steps in between: start at the peak."""
+        return 0.0 if abs(self.warmup * steps - 1) < 1e-6 else self.warmup

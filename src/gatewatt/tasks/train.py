@@ -41,6 +41,8 @@ class DynamicTraining(NetworkTask):
         channels_last: bool = True,
     ) -> None:
         super().__init__(network, checkpoint=checkpoint, channels_last=channels_last)
+        # A loaded network comes in eval mode, and Lightning trains a module in the mode it finds it in.
+        self.network.train()
         self.objective = objective or CrossEntropy()
         self.optimization = optimization or Optimization()
 
