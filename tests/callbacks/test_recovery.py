@@ -31,9 +31,9 @@ def test_what_is_logged_is_what_the_first_images_say(images: int, tmp_path: Path
         if len(chosen) == 0:
             break
         attacked = ATTACK(network, chosen).images
-        clean += sum(audit(network, image[None]) for image in chosen)
-        adversarial += sum(audit(network, image[None]) for image in attacked)
-        rounded += sum(audit(network, image[None]) for image in (255 * attacked).round() / 255)
+        clean += audit(network, chosen)
+        adversarial += audit(network, attacked)
+        rounded += audit(network, (255 * attacked).round() / 255)
         error += (255 * (attacked.double() - chosen.double())).square().mean((1, 2, 3)).sum().item()
         taken += len(chosen)
     assert taken == min(images, 12)

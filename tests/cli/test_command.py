@@ -23,6 +23,8 @@ QUICK = {
     "report --help": 0,
     "report": 2,
     "report nowhere": 2,
+    "report nowhere --title": 2,
+    "report nowhere --color": 2,
 }
 """Command line -> exit code."""
 

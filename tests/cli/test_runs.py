@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
 import pytest
+import torch
 from tests.cli.recipes import BASE
 
 from gatewatt.cli import main, trainer
@@ -94,6 +96,39 @@ def test_an_interrupted_run_says_so_by_its_exit_code(monkeypatch: pytest.MonkeyP
         # Lightning ignores further interrupts while it shuts down.
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.endswith("gatewatt: interrupted\n")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = (folder / "checkpoints").glob("*.ckpt")
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_resumes_to_the_very_weights_of_one_that_was_not(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--trainer.max_steps", "8", "--data.batch_size", "300"]  # three steps per epoch
+    assert main(["fit", "-c", "first.yaml", "--run", "whole", *steps]) == 0
+
+    def stop(self: object, trainer: L.Trainer, module: object, batch: object, index: int) -> None:
+        if trainer.global_step == 4:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.RunFolder, "on_train_batch_start", stop)
+        try:
+            assert main(["fit", "-c", "first.yaml", "--run", "stopped", *steps]) == code
+        finally:
+            # Lightning ignores further interrupts while it shuts down.
+            signal.signal(signal.SIGINT, before)
+    checkpoint = tmp_path / "runs" / "stopped" / "interrupted.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
+    assert "--ckpt_path runs/stopped/interrupted.ckpt" in capsys.readouterr().err
+    assert main(["fit", "-c", "first.yaml", "--run", "resumed", "--ckpt_path", str(checkpoint), *steps]) == 0
+    whole, resumed = weights(tmp_path / "runs" / "whole"), weights(tmp_path / "runs" / "resumed")
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
 def test_an_error_during_the_run_does_not_blame_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

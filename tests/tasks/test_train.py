@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from gatewatt.flops import audit, price
 from gatewatt.gating import DynamicOutput
+from gatewatt.networks import SkipNet
 from gatewatt.objectives import ComputeTarget
 from gatewatt.tasks import DynamicTraining, Optimization
 
@@ -32,16 +34,16 @@ class Losses(L.Callback):
 
 
 def test_twenty_steps_lower_the_loss(tmp_path: Path) -> None:
-    losses, network = Losses(), skipnet()
-    images, labels = next(iter(digits().train_dataloader()))[:2]
+    losses, network, batch = Losses(), SkipNet(8, width=16), next(iter(digits().train_dataloader()))
     with torch.no_grad():
-        before = functional.cross_entropy(network(images).logits, labels).item()
-    task = DynamicTraining(network, ComputeTarget(0.7), Optimization(lr=0.05, schedule="constant"))
-    trainer(tmp_path, max_steps=20, limit_val_batches=0, callbacks=[losses]).fit(task, digits())
+        before = functional.cross_entropy(copy.deepcopy(network)(batch.images).logits, batch.labels).item()
+    task = DynamicTraining(network, ComputeTarget(0.7), Optimization(lr=0.02, schedule="constant"))
+    # The same batch again and again: nothing but the steps can change its loss.
+    trainer(tmp_path, callbacks=[losses]).fit(task, *(DataLoader([batch] * count, batch_size=None) for count in (20, 1)))
     assert len(losses.values) == 20
-    assert sum(losses.values[-5:]) < 0.9 * sum(losses.values[:5])
+    assert sum(losses.values[-5:]) < 0.75 * sum(losses.values[:5])
     with torch.no_grad():
-        assert functional.cross_entropy(network.eval()(images).logits, labels).item() < 0.9 * before
+        assert functional.cross_entropy(network(batch.images).logits, batch.labels).item() < 0.75 * before
 
 
 def test_a_network_that_was_loaded_for_evaluation_is_trained_in_train_mode(tmp_path: Path) -> None:
@@ -66,6 +68,7 @@ def test_accuracy_and_flops_are_those_of_an_image_by_image_count(verb: str, tmp_
     task = DynamicTraining(network)
     (figures,) = getattr(trainer(tmp_path), verb)(task, digits(), verbose=False)
     split = "val" if verb == "validate" else "test"
+    network.eval()
     chosen = batches(digits(), split)
     images, labels = torch.cat([batch.images for batch in chosen]), torch.cat([batch.labels for batch in chosen])
     flops = [audit(network, image[None]) for image in images]

@@ -73,7 +73,8 @@ class ResultFiles(L.Callback):
         seconds = float(trainer.strategy.reduce(torch.tensor(pl_module.attack_seconds), reduce_op="max"))
         if not trainer.is_global_zero:
             return
-        rows = merge_records(parts, evaluated_ids(trainer.test_dataloaders))
+        # The first process has the most batches, and no other has more than it is limited to.
+        rows = merge_records(parts, evaluated_ids(trainer.test_dataloaders, int(trainer.num_test_batches[0]) * trainer.world_size))
         data = getattr(trainer, "datamodule", None)
         folder = Path(trainer.default_root_dir)
         summary = summarize(

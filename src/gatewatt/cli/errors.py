@@ -13,7 +13,7 @@ from gatewatt.recipes import Key, Origin, Recipe, RecipeError
 
 LONGEST = 400  # characters of one line
 _EXPECTED = (
-    ("jsonargparse", "ArgumentError"),
+    ("argparse", "ArgumentError"),
     ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
     ("gatewatt.flops", "UnpricedOperator"),
 )

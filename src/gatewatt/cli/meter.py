@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def make_parser(verb: str) -> ArgumentParser:
     """The flags of a verb, and the parts of a recipe that matter to it."""
     parser = ArgumentParser(prog=f"gatewatt {verb}", exit_on_error=False)
     parser.add_subclass_arguments(DynamicNetwork, NETWORK, required=False)
+    parser.add_argument("--config", action="config")
     parser.add_argument("--checkpoint", type=str | None, default=None)
     parser.add_argument("--size", type=PositiveInt | None, default=None)
     if verb == "audit":
@@ -76,7 +78,9 @@ def parse(parser: ArgumentParser, recipe: Recipe, flags: Sequence[str]) -> Names
     if "data" in recipe.settings and any(action.dest == "data" for action in parser._actions):
         settings["data"] = recipe.settings["data"]
     # The trainer verbs accept the short form --model.network.depth; so do these.
-    return parser.parse_args([flag.replace("--model.network", f"--{NETWORK}", 1) for flag in flags], namespace=parser.parse_object(settings))
+    short = [flag.replace("--model.network", f"--{NETWORK}", 1) for flag in flags]
+    # One document before the flags, as for the trainer verbs: a flag may give what the recipe leaves out.
+    return parser.parse_args([f"--config={json.dumps(settings)}", *short])
 
 
 def build(built: Namespace) -> Subject:

@@ -6,9 +6,13 @@ import importlib
 import json
 import math
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
@@ -17,6 +21,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gatewatt.callbacks import AtomicCheckpointIO
 from gatewatt.cli.quiet import quiet
@@ -50,6 +55,45 @@ class RunFolder(L.Callback):
 def process_rank() -> int:
     """Rank of this process as Lightning learned it from the environment, before any process group exists."""
     return int(getattr(rank_zero_only, "rank", 0) or 0)
+
+
+class Stop(L.Callback):
+    """Turns a request to stop (SIGTERM, Ctrl+C) into a checkpoint after the step at work, from which the run can be resumed exactly.
+
+    A second Ctrl+C stops at once. On several processes requests reach each at another step, so there only the regular checkpoints remain.
+
+    Args:
+        folder: the run's folder; the checkpoint is ``interrupted.ckpt`` in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.interrupted = folder, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over Ctrl+C, where it is still Python's: only the main thread may, and a job in the background ignores it."""
+        python_handles = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if trainer.world_size == 1 and python_handles and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("gatewatt: stopping after this step; once more stops at once", file=sys.stderr)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save and stop, if asked to, where the optimiser has just stepped."""
+        asked = self.interrupted or trainer.received_sigterm
+        stepped = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if asked and stepped and trainer.world_size == 1:
+            path = self.folder / "interrupted.ckpt"
+            trainer.save_checkpoint(path)
+            print(f"gatewatt: resume with the same command and --ckpt_path {path}", file=sys.stderr)
+            raise KeyboardInterrupt if self.interrupted else SIGTERMException
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give Ctrl+C back."""
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def reserve_folder(name: str) -> Path:
@@ -137,7 +181,7 @@ class RecipeCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        callbacks.append(RunFolder(folder, self.resolved()))
+        callbacks += [RunFolder(folder, self.resolved()), Stop(folder)]
         if config.get("enable_progress_bar") is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(RichProgressBar())
         settings: dict[str, Any] = {"default_root_dir": str(folder), "callbacks": callbacks}
@@ -218,5 +262,8 @@ def run(verb: str, recipe: Recipe, flags: Sequence[str]) -> int:
     quiet()
     for part in PARTS:
         importlib.import_module(f"gatewatt.{part}")
-    command = RecipeCLI(verb, recipe, ["--help" if flag == "--help-all" else flag for flag in flags])
-    return SIGTERM_CODE if command.trainer.received_sigterm else 0
+    try:
+        RecipeCLI(verb, recipe, ["--help" if flag == "--help-all" else flag for flag in flags])
+    except SIGTERMException:
+        return SIGTERM_CODE
+    return 0

@@ -30,11 +30,12 @@ class BatchLoader(DataLoader[Batch]):
         """Nothing to restore."""
 
 
-def evaluated_ids(loaders: Any) -> list[int]:
+def evaluated_ids(loaders: Any, batches: int | None = None) -> list[int]:
     """Positions of the images that an evaluation visits over all processes, in order.
 
     Args:
         loaders: what a Lightning trainer holds as its validation or test loaders: one :class:`BatchLoader`, or a list of one.
+        batches: the batches of all processes together that a trainer is limited to; None for all.
 
     Raises:
         TypeError: for a loader of another kind, whose images have no ids to merge by.
@@ -43,4 +44,5 @@ def evaluated_ids(loaders: Any) -> list[int]:
     order = getattr(loader, "sampler", None)
     if not isinstance(order, BatchOrder):
         raise TypeError(f"images are identified by gatewatt's own loaders; got {type(loader).__name__}, use a module of gatewatt.data")
-    return [int(index) for index in order.indices]
+    # Whole batches are dealt to the processes in turn, so the first ones of each are the first ones of all.
+    return [int(index) for index in order.indices[: None if batches is None else batches * order.batch_size]]
