@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from gatewatt.attacks import AttackResult, EnergyAttack
+from gatewatt.flops import FlopsLedger
 from gatewatt.gating import Charge, DynamicNetwork, DynamicOutput, Execution, Gate, decision_named
 
 
@@ -52,9 +54,9 @@ class Blocks(DynamicNetwork):
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
-        self.arguments = {"num_classes": 2}
+        self.arguments = {"num_classes": 10}
         self.decision = decision_named("straight_through")
-        self.blocks, self.scores, self.head = nn.ModuleList(blocks), nn.Linear(3, len(blocks)), nn.Linear(3, 2)
+        self.blocks, self.scores, self.head = nn.ModuleList(blocks), nn.Linear(3, len(blocks)), nn.Linear(3, 10)
         self.charges = tuple(Charge(f"blocks.{index}", (f"block{index}",)) for index in range(len(blocks)))
         self.overhead = ("scores",)
 
@@ -72,6 +74,27 @@ class Blocks(DynamicNetwork):
             else:
                 features = features + executed[:, :, None, None] * block(features)
         return DynamicOutput(self.head(features.mean((2, 3))), gates)
+
+
+class Levels(Blocks):
+    """Opens its one gate for an image that is not made of 8-bit levels, and closes it for one that is."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 3, padding=1))
+        nn.init.constant_(self.scores.weight, 1000.0)
+        nn.init.constant_(self.scores.bias, -5.0)
+
+    def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
+        """Look at nothing but the distance from the levels."""
+        return super().forward((255 * images - (255 * images).round()).abs(), execution)
+
+
+class Nudge(EnergyAttack):
+    """Adds less than half a level, which rounding takes away again."""
+
+    def __call__(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None = None, *, ledger: FlopsLedger | None = None) -> AttackResult:
+        """Perturb, whatever the network."""
+        return AttackResult((images + 0.4 / 255).clamp(max=1), torch.ones(len(images), dtype=torch.int64))
 
 
 class Attention(nn.Module):

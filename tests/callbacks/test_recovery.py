@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.toys import Levels, Nudge
 from tests.training import QUIET, batches, digits, skipnet, trainer
 
 from gatewatt.attacks import GradMDM
@@ -44,6 +45,13 @@ def test_what_is_logged_is_what_the_first_images_say(images: int, tmp_path: Path
     assert logged["val/flops_adversarial"] == pytest.approx(adversarial / taken)
     assert logged["val/mse_levels2"] == pytest.approx(error / taken, rel=1e-5)
     assert adversarial > clean
+
+
+def test_what_rounding_undoes_is_logged_apart(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[RecoveryCallback(Nudge(), images=10)])
+    run.validate(DynamicTraining(Levels()), digits(), verbose=False)
+    assert run.callback_metrics["val/recovery_percent"] == 100
+    assert run.callback_metrics["val/recovery_8bit_percent"] == 0
 
 
 def test_the_last_epoch_is_always_measured_and_others_every_so_often(tmp_path: Path) -> None:

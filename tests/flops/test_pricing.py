@@ -67,7 +67,7 @@ def test_prices_by_hand() -> None:
     ledger = price(Blocks(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)), SMALL)
     assert ledger.prices == {"blocks.0": 3 * 3 * 9 * 64, "blocks.1": 3 * 3 * 64}
     assert ledger.overhead == 3 * 2
-    assert ledger.fixed == 3 * 2 + 3 * 2  # gates and head
+    assert ledger.fixed == 3 * 2 + 3 * 10  # gates and head
     assert ledger.dense == ledger.fixed + 3 * 3 * 10 * 64
     assert ledger.resolution == (8, 8)
     assert ledger.units == {"block0": 1, "block1": 1}

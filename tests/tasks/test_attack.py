@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.toys import Levels, Nudge
 from tests.training import QUIET, batches, digits, skipnet, trainer
 from torch import Tensor
 
@@ -64,14 +65,26 @@ def test_every_row_is_what_a_second_measurement_finds(tmp_path: Path) -> None:
     assert sum(row.flops_adversarial for row in task.rows) > sum(row.flops_clean for row in task.rows)
 
 
+def test_an_attack_that_rounding_undoes_recovers_nothing_after_rounding(tmp_path: Path) -> None:
+    task = EnergyAttackEvaluation(Levels(), Nudge())
+    trainer(tmp_path).test(task, digits(), verbose=False)
+    assert len(task.rows) == 12
+    for row in task.rows:
+        assert row.flops_adversarial == row.flops_dense > row.flops_clean == row.flops_adversarial_8bit
+        assert row.mse_levels2 == pytest.approx(0.4**2, rel=0.1)
+        assert row.mse_levels2_8bit == pytest.approx(0, abs=1e-8)
+
+
 def test_the_source_is_attacked_and_the_target_measured(tmp_path: Path) -> None:
-    target, source = skipnet(1), skipnet(2, gate="feedforward2")
+    target, source = skipnet(1), skipnet(2, depth=14, gate="feedforward2")
     expected = attacked_by_hand(source.to(memory_format=torch.channels_last))
     task = EnergyAttackEvaluation(target, ATTACK, source=source)
     trainer(tmp_path).test(task, digits(), verbose=False)
     for row in task.rows:
         clean, adversarial, _ = expected[row.id]
         assert (row.flops_clean, row.flops_adversarial) == (audit(target, clean[None]), audit(target, adversarial[None]))
+        # The source's own prices weighed its gates, else these would be other images.
+        assert row.mse_levels2 == pytest.approx((255 * (adversarial.double() - clean.double())).square().mean().item())
     described = task.describe()
     assert described["attack"]["source"]["gate"] == "feedforward2"
     assert described["network"]["gate"] == "recurrent"

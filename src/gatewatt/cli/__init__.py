@@ -98,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{PROGRAM}: interrupted", file=sys.stderr)
             return INTERRUPTED
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has seen enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         # Imported late: most runs make no mistake.
         from gatewatt.cli.errors import explain

@@ -49,7 +49,7 @@ FREE = frozenset(
     for name in (
         "abs add any argmax all bernoulli ceil clone cumsum cumprod clamp_min clamp_max div dropout elu exp feature_dropout "
         "unsafe_chunk unsafe_split _thnn_fused_lstm_cell gather ge gelu hardtanh index_add index_copy index_select isfinite layer_norm group_norm "
-        "batch_norm leaky_relu lerp "
+        "batch_norm leaky_relu lerp round floor trunc "
         "le log log_softmax lt maximum max_pool2d max mean min minimum mul ne neg new_ones numel ones_like pad pow prod reciprocal "
         "repeat rsqrt rsub scatter sigmoid silu softmax softplus sort sqrt std sub sum tanh tile topk triu tril upsample_bilinear2d "
         "upsample_nearest2d adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d var where expand_as logical_and logical_not logical_or "
