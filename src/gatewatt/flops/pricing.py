@@ -72,6 +72,8 @@ def price(network: DynamicNetwork, example: Tensor) -> FlopsLedger:
         gates = network(example, "dense").gates
         require_gates(gates)
         counts = analyse(Traceable(network, "dense"), (example,)).by_module()
+    if not network.charges:
+        raise ValueError("the network names no charges: nothing says which modules its gates switch, so nothing can be priced per gate")
     refuse_double_charges(network)
     prices = {}
     for charge in network.charges:
