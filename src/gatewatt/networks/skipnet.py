@@ -172,5 +172,9 @@ def run_skipped(block: ResidualBlock, features: Tensor, executed: Tensor) -> Ten
         return shortcut
     if len(rows) == len(features):
         return (block.residual(features) + shortcut).relu_()
-    opened = (block.residual(features[rows]) + shortcut[rows]).relu_()
-    return shortcut.index_copy(0, rows, opened.to(shortcut.dtype))
+    gathered = features[rows]
+    # Without a projection the shortcut is the features: one gather serves both.
+    carried = gathered if shortcut is features else shortcut[rows]
+    opened = (block.residual(gathered) + carried).relu_().to(shortcut.dtype)
+    # Nobody reads these features again, so without a gradient the rows are replaced where they lie.
+    return shortcut.index_copy(0, rows, opened) if torch.is_grad_enabled() else shortcut.index_copy_(0, rows, opened)
