@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import pvariance
 
 import pytest
 import torch
@@ -100,18 +101,28 @@ def test_descending_the_compute_term_reaches_the_target() -> None:
     assert LEDGER(gates).mean().item() / 1000 == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_variance_floor_is_the_spread_of_decisions_over_the_batch(output: DynamicOutput) -> None:
-    # Of the four units two decide differently for the two images (variance 1/4), two alike (0).
-    assert ComputeTarget(diversity=3.0, spread=0.25)(output, LABELS, LEDGER)["diversity"].item() == pytest.approx(3 * (0.25 - 0.5 / 4))
-    assert ComputeTarget(diversity=3.0, spread=0.1)(output, LABELS, LEDGER)["diversity"].item() == 0
+def mean_variance_by_hand(output: DynamicOutput) -> float:
+    """Population variance of each unit's scores over the batch, mean over units."""
+    columns = [column for gate in output.gates.values() for column in zip(*gate.score.tolist(), strict=True)]
+    return sum(pvariance(column) for column in columns) / len(columns)
+
+
+def test_the_variance_floor_is_about_the_scores_over_the_batch(output: DynamicOutput) -> None:
+    variance = mean_variance_by_hand(output)
+    assert 0 < variance < 0.25
+    assert ComputeTarget(diversity=3.0, spread=0.25)(output, LABELS, LEDGER)["diversity"].item() == pytest.approx(3 * (0.25 - variance))
+    assert ComputeTarget(diversity=3.0, spread=variance / 2)(output, LABELS, LEDGER)["diversity"].item() == 0
     assert "diversity" not in ComputeTarget(0.5)(output, LABELS, LEDGER)
 
 
-def test_below_its_floor_the_variance_is_pushed_up(output: DynamicOutput) -> None:
-    term = ComputeTarget(diversity=3.0, spread=0.25)(output, LABELS, LEDGER)["diversity"]
-    (slope,) = torch.autograd.grad(term, output.gates["a"].score)
-    # -w d/ds of the mean over 4 units of (d0 - d1)^2 / 4: open for the first image, closed for the second.
-    assert slope.flatten().tolist() == pytest.approx([-3 * 0.5 / 4, 3 * 0.5 / 4])
+def test_below_its_floor_the_variance_is_pushed_up_even_where_all_decide_alike() -> None:
+    scores = torch.tensor([[0.6], [0.8]], requires_grad=True)
+    gates = {"a": Gate(scores, torch.tensor(0.5), torch.ones(2, 1))}
+    ledger = FlopsLedger({"m": 1.0}, (Charge("m", ("a",)),), 1.0, 0.0, 0.0, (8, 8), {"a": 1})
+    term = ComputeTarget(diversity=3.0, spread=0.25)(DynamicOutput(torch.zeros(2, 2), gates), torch.tensor([0, 1]), ledger)["diversity"]
+    (slope,) = torch.autograd.grad(term, scores)
+    # -w d/ds of ((s0 - s1) / 2)^2: the lower score is pushed down, the higher one up.
+    assert slope.flatten().tolist() == pytest.approx([3 * 0.1, -3 * 0.1])
 
 
 # ---- reinforcement ----
@@ -188,7 +199,7 @@ def test_a_certain_decision_has_a_finite_loss() -> None:
         (lambda: ComputeTarget(70), "target must be in .* got 70"),
         (lambda: ComputeTarget(0.5, -1.0), "weight and diversity must be at least 0, got -1.0 and 0.0"),
         (lambda: ComputeTarget(0.5, diversity=-1.0), "got 10.0 and -1.0"),
-        (lambda: ComputeTarget(0.5, spread=0.3), r"spread must be in \[0, 0.25\], the variance of a decision, got 0.3"),
+        (lambda: ComputeTarget(0.5, spread=0.3), r"spread must be in \[0, 0.25\], the variance of a score, got 0.3"),
         (lambda: ComputeTarget(label_smoothing=2.0), "label_smoothing"),
         (lambda: HybridReinforcement(-0.1), "alpha and policy_weight must be at least 0, got -0.1 and 1.28"),
         (lambda: HybridReinforcement(policy_weight=-1.0), "got 0.1 and -1.0"),

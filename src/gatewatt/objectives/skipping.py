@@ -16,14 +16,14 @@ class ComputeTarget(Objective):
 
     SkipNet's supervised stage has no cost term, so a run may end near 100 % computation, where recovered FLOPs mean nothing. The target
     binds the batch, not the image: which image gets how much is left to the gates. On an easy data set they may settle on one route for all
-    images, which is a static network; the variance floor ``diversity relu(spread - variance of a decision over the batch, mean over units)``
+    images, which is a static network; the variance floor ``diversity relu(spread - variance of a score over the batch, mean over units)``
     keeps them apart.
 
     Args:
         target: fraction of the dense FLOPs, in (0, 1].
         weight: of the squared deviation.
         diversity: weight of the variance floor; 0 leaves it out.
-        spread: the variance below which the floor acts; a decision that opens for half of the images has 0.25.
+        spread: the variance below which the floor acts. Scores that never cross 0.5 cannot exceed 0.0625; half zeros and half ones have 0.25.
         label_smoothing: of the cross entropy, in [0, 1).
 
     Raises:
@@ -38,7 +38,7 @@ class ComputeTarget(Objective):
         if weight < 0 or diversity < 0:
             raise ValueError(f"weight and diversity must be at least 0, got {weight} and {diversity}")
         if not 0 <= spread <= 0.25:
-            raise ValueError(f"spread must be in [0, 0.25], the variance of a decision, got {spread}")
+            raise ValueError(f"spread must be in [0, 0.25], the variance of a score, got {spread}")
         self.target, self.weight, self.diversity, self.spread = target, weight, diversity, spread
         self.prediction = CrossEntropy(label_smoothing)
 
@@ -47,10 +47,8 @@ class ComputeTarget(Objective):
         fraction = ledger.surrogate(output.gates).mean() / ledger.dense
         terms = {**self.prediction(output, labels, ledger), "compute": (self.weight * (fraction - self.target) ** 2).float()}
         if self.diversity:
-            score, threshold, _ = gate_table(output.gates)
-            # The decisions' own variance, with the gradient of the scores.
-            decided = (score >= threshold).to(score) + (score - score.detach())
-            terms["diversity"] = self.diversity * torch.relu(self.spread - decided.var(0, unbiased=False).mean())
+            # Of the scores, not of the decisions: a gate that decides alike for a whole batch would get no gradient to part the images again.
+            terms["diversity"] = self.diversity * torch.relu(self.spread - gate_table(output.gates).score.var(0, unbiased=False).mean())
         return terms
 
 
