@@ -100,7 +100,7 @@ def test_panels_keep_apart_what_cannot_be_compared(tmp_path):
 
 
 def test_methods_are_ranked_as_in_the_paper_and_told_apart_by_differing_settings_only(tmp_path):
-    for index, (method, steps) in enumerate([("Other", 100), ("Eq5", 100), ("Eq5", 300), ("PowerOnly", 100), ("GradMDM", 100)]):
+    for index, (method, steps) in enumerate([("Other", 100), ("Eq5", 100), ("Eq5", 300), ("Power", 100), ("GradMDM", 100)]):
         settings = {"steps": steps, "space": {"kind": "Tanh"}, "source": None}
         write_run(tmp_path / str(index), method=method, images=3, settings=settings)
     (panel,) = panels(collect([tmp_path]))

@@ -78,6 +78,9 @@ def folded(network: nn.Module) -> Iterator[None]:
             for index, (convolution, norm) in enumerate(pairwise(list(sequence))):
                 if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
                     continue
+                # A subclass may compute something else, and folding would attack another function.
+                if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+                    continue
                 if not any(module._forward_hooks or module._forward_pre_hooks for module in (convolution, norm)):
                     # The fused weights lose channels_last otherwise, and every step would convert the activations.
                     dense = torch.channels_last if convolution.weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format

@@ -23,7 +23,6 @@ from gatewatt.metrics.record import SUMMARY_KEYS, ImageRecord, columns_of, merge
 RANKING = ("GradMDM", "Power", "CGM", "Eq6", "Eq5")
 """The paper's attacks from strongest to weakest at equal MSE (Tables 4 and 9), by the names that their settings carry."""
 
-ALIASES = {"PowerOnly": "Power", "CGMOnly": "CGM"}
 
 STRENGTHS = ("gamma", "eps")
 """Settings that a sweep varies: runs that differ in nothing else are points of one line."""
@@ -65,7 +64,6 @@ class Run:
     def attack(self) -> Attack:
         """What attacked."""
         name, settings = _named(self.summary["attack"])
-        name = ALIASES.get(name, name)
         strength = {key: value for key, value in settings.items() if key.rpartition(".")[2] in STRENGTHS and _is_number(value)}
         rest = {key: _text(value) for key, value in settings.items() if key not in strength}
         return Attack(name, tuple((key.rpartition(".")[2], float(value)) for key, value in sorted(strength.items())), tuple(sorted(rest.items())))
