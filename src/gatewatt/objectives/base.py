@@ -15,7 +15,13 @@ Terms = dict[str, Tensor]
 
 
 class Objective(ABC):
-    """Turns a network's output into the terms of its training loss."""
+    """Turns a network's output into the terms of its training loss.
+
+    Attributes:
+        progress: how much of the run is done, in [0, 1); the training task sets it before every step, for losses that follow a schedule.
+    """
+
+    progress: float = 0.0
 
     @abstractmethod
     def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:

@@ -24,14 +24,23 @@ class ComputeTarget(Objective):
         weight: of the squared deviation.
         diversity: weight of the variance floor; 0 leaves it out.
         spread: the variance below which the floor acts. Scores that never cross 0.5 cannot exceed 0.0625; half zeros and half ones have 0.25.
+        descent: parts of the run between which the bound falls linearly from 1 (all gates open) to ``target``. The default holds the target
+            from the start; deep networks learn better features if their blocks are first trained with open gates.
         label_smoothing: of the cross entropy, in [0, 1).
 
     Raises:
-        ValueError: if ``target`` is outside (0, 1], ``spread`` outside [0, 0.25], or a weight negative.
+        ValueError: if ``target`` is outside (0, 1], ``spread`` outside [0, 0.25], ``descent`` not rising within [0, 1], or a weight negative.
     """
 
     def __init__(
-        self, target: float = 0.7, weight: float = 10.0, *, diversity: float = 0.0, spread: float = 0.1, label_smoothing: float = 0.0
+        self,
+        target: float = 0.7,
+        weight: float = 10.0,
+        *,
+        diversity: float = 0.0,
+        spread: float = 0.1,
+        descent: tuple[float, float] = (0.0, 0.0),
+        label_smoothing: float = 0.0,
     ) -> None:
         if not 0 < target <= 1:
             raise ValueError(f"target must be in (0, 1], a fraction of the dense FLOPs, got {target}")
@@ -39,17 +48,28 @@ class ComputeTarget(Objective):
             raise ValueError(f"weight and diversity must be at least 0, got {weight} and {diversity}")
         if not 0 <= spread <= 0.25:
             raise ValueError(f"spread must be in [0, 0.25], the variance of a score, got {spread}")
-        self.target, self.weight, self.diversity, self.spread = target, weight, diversity, spread
+        start, end = descent
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"descent must be two parts of the run, 0 <= start <= end <= 1, got {start} and {end}")
+        self.target, self.weight, self.diversity, self.spread, self.descent = target, weight, diversity, spread, (start, end)
         self.prediction = CrossEntropy(label_smoothing)
 
     def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:
         """Terms ``cross_entropy``, ``compute`` and, if asked for, ``diversity``."""
         fraction = ledger.surrogate(output.gates).mean() / ledger.dense
-        terms = {**self.prediction(output, labels, ledger), "compute": (self.weight * (fraction - self.target) ** 2).float()}
+        terms = {**self.prediction(output, labels, ledger), "compute": (self.weight * (fraction - self.bound()) ** 2).float()}
         if self.diversity:
             # Of the scores, not of the decisions: a gate that decides alike for a whole batch would get no gradient to part the images again.
             terms["diversity"] = self.diversity * torch.relu(self.spread - gate_table(output.gates).score.var(0, unbiased=False).mean())
         return terms
+
+    def bound(self) -> float:
+        """The fraction asked for at this point of the run."""
+        start, end = self.descent
+        if self.progress >= end:
+            return self.target
+        fallen = max(self.progress - start, 0.0) / (end - start)
+        return 1 - fallen * (1 - self.target)
 
 
 class HybridReinforcement(Objective):
