@@ -134,3 +134,13 @@ def test_a_gate_that_is_charged_and_missing_is_named(gates: dict[str, Gate]) -> 
     del gates["b"]
     with pytest.raises(KeyError, match="module 'conv' is charged to gate 'b', which the network did not return"):
         LEDGER(gates)
+
+
+def test_a_unit_pays_for_what_follows_it(gates: dict[str, Gate]) -> None:
+    # Of the four units of "a" the third image's neighbours run too: charged by what ran, weighed with the units that decide.
+    wider = replace(gates["a"], executed=torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]), follows="a")
+    ledger = replace(LEDGER, charges=(Charge("stem", ("wider",)), Charge("conv", ("a",))), units={"a": 4, "wider": 4, "b": 3})
+    given = {"a": gates["a"], "wider": wider, "b": gates["b"]}
+    assert ledger(given).tolist() == [100 + 800 * 2 / 4 + 1200 / 4, 100 + 800 + 1200, 100]
+    assert gate_table(given).score.shape == (3, 7)
+    assert ledger.weights(given).tolist() == pytest.approx([1 / 4] * 4 + [0] * 3)

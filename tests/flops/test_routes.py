@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.toys import Attention, Blocks
+from tests.toys import Attention, Blocks, gate
 from torch import Tensor, nn
 
 from gatewatt.flops import ExecutionMeter, audit, audit_dispatched, compare_routes, price, random_patterns
 from gatewatt.flops.handles import analyse
-from gatewatt.gating import DynamicNetwork, forced
+from gatewatt.gating import DynamicNetwork, DynamicOutput, Execution, forced
 from gatewatt.networks import SkipNet
 from gatewatt.networks.skipnet import GateKind
 
@@ -189,3 +189,24 @@ def test_the_meter_leaves_no_hook_behind(network: SkipNet, images: Tensor) -> No
     with pytest.raises(RuntimeError, match="boom"), ExecutionMeter(network, price(network, images[:1])):
         raise RuntimeError("boom")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_module_that_runs_parts_of_images_says_how_much(images: Tensor) -> None:
+    class Rows(nn.Linear):
+        """A linear layer over the rows of an image, which can be handed some rows of some images."""
+
+        def extent(self, rows: Tensor) -> tuple[int, int]:
+            return rows.shape[:-1].numel(), 8
+
+    class Half(Blocks):
+        """Its block runs for the upper half of an image."""
+
+        def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
+            ran = self.blocks[0](images[:, 0] if execution == "dense" else images[:, 0, :4])
+            return DynamicOutput(self.head(images.mean((2, 3))) + ran.sum((1, 2))[:, None], {"block0": gate([[1.0]] * len(images))})
+
+    network, images = Half(Rows(8, 2, bias=False)), images[:3, :, :8, :8]
+    meter = ExecutionMeter(network, price(network, images[:1]))
+    with meter:
+        network(images, "skipped")
+    assert meter.flops == {"blocks.0": 3 * 4 * 8 * 2}

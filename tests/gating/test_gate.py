@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatewatt.gating import EXECUTIONS, Gate, check_execution, gate_table, require_gates
+from gatewatt.gating import EXECUTIONS, DynamicOutput, Gate, check_execution, gate_table, require_gates, split_output
 
 
 def gate(units: int, threshold: torch.Tensor, seed: int) -> Gate:
@@ -28,6 +28,17 @@ def test_a_table_keeps_the_gradient_of_every_score() -> None:
     weights = torch.arange(10.0).view(2, 5)
     gradients = torch.autograd.grad((weights * gate_table(gates).score).sum(), scores)
     assert [gradient.tolist() for gradient in gradients] == [weights[:, :1].tolist(), weights[:, 1:].tolist()]
+
+
+def test_a_gate_that_follows_another_is_split_but_not_listed() -> None:
+    own = gate(4, torch.tensor(0.5), 1)
+    follower = Gate(own.score, own.threshold, torch.ones_like(own.executed), follows="own")
+    gates = {"own": own, "follower": follower}
+    assert gate_table(gates).score.shape == (3, 4)
+    first, rest = split_output(DynamicOutput(torch.zeros(3, 2), gates), [1, 2])
+    assert first.gates["follower"].follows == "own"
+    assert first.gates["follower"].executed.shape == (1, 4)
+    assert torch.equal(rest.gates["own"].score, own.score[1:])
 
 
 def test_a_score_on_the_threshold_spends() -> None:

@@ -74,6 +74,21 @@ def test_the_compute_term_pulls_towards_its_target(target: float, sign: int, out
     assert slopes[1].flatten().tolist() == pytest.approx([outer * 300 / 3] * 6)
 
 
+@pytest.mark.parametrize(
+    ("progress", "bound"), [(0.0, 1.0), (0.25, 1.0), (0.375, 0.85), (0.5, 0.7), (0.99, 0.7)], ids=["start", "open", "falling", "down", "end"]
+)
+def test_the_bound_falls_from_open_gates_to_the_target(progress: float, bound: float, output: DynamicOutput) -> None:
+    objective = ComputeTarget(0.7, weight=7.0, descent=(0.25, 0.5))
+    objective.progress = progress
+    assert objective(output, LABELS, LEDGER)["compute"].item() == pytest.approx(7 * (0.55 - bound) ** 2)
+
+
+@pytest.mark.parametrize("descent", [(0.5, 0.25), (-0.1, 0.5), (0.5, 1.5)])
+def test_a_descent_that_does_not_fit_the_run_is_refused(descent: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="descent must be two parts of the run"):
+        ComputeTarget(descent=descent)
+
+
 def test_at_its_target_the_compute_term_is_at_rest(output: DynamicOutput) -> None:
     term = ComputeTarget(0.55, weight=7.0)(output, LABELS, LEDGER)["compute"]
     (slope,) = torch.autograd.grad(term, output.gates["a"].score)

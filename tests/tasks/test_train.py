@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from gatewatt.flops import audit, price
+from gatewatt.flops import FlopsLedger, audit, price
 from gatewatt.gating import DynamicOutput
 from gatewatt.networks import SkipNet
-from gatewatt.objectives import ComputeTarget
+from gatewatt.objectives import ComputeTarget, Terms
 from gatewatt.tasks import DynamicTraining, Optimization
 
 pytestmark = QUIET
@@ -60,6 +60,28 @@ def test_the_logged_terms_add_up_to_the_loss(tmp_path: Path) -> None:
     logged = {name: value.item() for name, value in fit.callback_metrics.items()}
     assert logged.keys() == {"train/cross_entropy", "train/compute"}
     assert sum(logged.values()) == pytest.approx(losses.values[0], rel=1e-6)
+
+
+def test_the_objective_is_told_how_far_the_run_is(tmp_path: Path) -> None:
+    class Told(ComputeTarget):
+        def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:
+            told.append(self.progress)
+            return super().__call__(output, labels, ledger)
+
+    told: list[float] = []
+    trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(DynamicTraining(skipnet(), Told(), Optimization(lr=0.01)), digits())
+    assert told == [0, 0.25, 0.5, 0.75]
+
+
+def test_dense_training_runs_every_block_and_leaves_the_gates_alone(tmp_path: Path) -> None:
+    network = skipnet()
+    before = copy.deepcopy(network.state_dict())
+    task = DynamicTraining(network, optimization=Optimization(lr=0.01, weight_decay=0), execution="dense")
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(task, digits())
+    moved = {name.split(".")[0] for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"trunk"}
+    with pytest.raises(ValueError, match="execution must be masked or dense"):
+        DynamicTraining(network, execution="skipped")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])

@@ -57,7 +57,8 @@ def audit_dispatched(network: DynamicNetwork, images: Tensor) -> int:
 class ExecutionMeter:
     """Forward hooks, one per charged module, that add up what really ran: rows times the module's price.
 
-    Independent of the gates: a module that is not called, or called on fewer images, adds less. In masked or dense execution every module
+    Independent of the gates: a module that is not called, or called on fewer images, adds less. One that computes parts of images says how
+    much of them (:class:`~gatewatt.gating.PartlyRun`). In masked or dense execution every module
     runs for every image, and the meter says so.
 
     Args:
@@ -109,8 +110,10 @@ class ExecutionMeter:
         self.images += len(inputs[0])
 
     def _charge(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            self.flops[name] += len(inputs[0]) * self.ledger.prices[name]
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            ran, whole = module.extent(*inputs) if hasattr(module, "extent") else (len(inputs[0]), 1)
+            # Multiply first, divide last: whole numbers of MACs stay whole.
+            self.flops[name] += self.ledger.prices[name] * ran / whole
 
         return hook
 
@@ -164,7 +167,7 @@ def random_patterns(network: DynamicNetwork, images: Tensor, count: int, *, seed
         seed: seed of the draw; the global generator is left alone.
     """
     with measuring(network):
-        shapes = {name: gate.score.shape for name, gate in network(images, "dense").gates.items()}
+        shapes = {name: gate.score.shape for name, gate in network(images, "dense").gates.items() if gate.follows is None}
     generator = torch.Generator().manual_seed(seed)
     patterns = []
     for _ in range(count):

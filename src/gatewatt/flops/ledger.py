@@ -72,16 +72,17 @@ class FlopsLedger:
     def weights(self, gates: Mapping[str, Gate]) -> Tensor:
         """Share lambda of each unit in what all units together can save (Sec. 4.4), shape (N,), float64, sum 1.
 
-        A unit's cost is the derivative of the ledger law at full width: price x how often the gate is named / units. Order of
-        :func:`gatewatt.gating.gate_table`.
+        A unit's cost is the derivative of the ledger law at full width: price x how often the gate is named / units, what a gate that
+        follows it costs included. Order of :func:`gatewatt.gating.gate_table`.
         """
         require_gates(gates)
-        cost = dict.fromkeys(gates, 0.0)
+        cost = {name: 0.0 for name, gate in gates.items() if gate.follows is None}
         for charge in self.charges:
             for name, times in Counter(charge.gates).items():
-                cost[name] += self.prices[charge.module] * times / gates[name].score.shape[1]
+                cost[gates[name].follows or name] += self.prices[charge.module] * times / gates[name].score.shape[1]
         device = next(iter(gates.values())).score.device
-        units = torch.cat([torch.full((gate.score.shape[1],), cost[name], dtype=torch.float64, device=device) for name, gate in gates.items()])
+        shares = [torch.full((gates[name].score.shape[1],), each, dtype=torch.float64, device=device) for name, each in cost.items()]
+        units = torch.cat(shares)
         return units / units.sum()
 
     def _law(self, usage: Mapping[str, tuple[Tensor, int]]) -> Tensor:

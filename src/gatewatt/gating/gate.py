@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,14 @@ class Gate:
         score: G(x) in [0, 1], differentiable with respect to the image, shape (B, U). At or above ``threshold`` always means "spend".
         threshold: tau on the same scale, broadcastable to (B, U).
         executed: what ran, 0 or 1, shape (B, U). It can be below ``score >= threshold`` where an earlier exit stopped the image.
+        follows: name of the gate whose units this one is computed from, one to one, such as a mask dilated for a 3x3 convolution. It is
+            charged, but decides nothing of its own: attacks, objectives and gate usage leave it out.
     """
 
     score: Tensor
     threshold: Tensor
     executed: Tensor
+    follows: str | None = None
 
     @property
     def open(self) -> Tensor:
@@ -60,6 +63,17 @@ class Charge(NamedTuple):
     gates: tuple[str, ...]
 
 
+class PartlyRun(Protocol):
+    """A charged module that can compute a part of an image: some positions, channels or tokens.
+
+    Hooks that measure what ran ask it; a module without this method computes whole images, one per row of its first input.
+    """
+
+    def extent(self, *inputs: Any) -> tuple[int, int]:
+        """Units of work in a call with these inputs, over all images, and units of one whole image."""
+        ...
+
+
 class DynamicOutput(NamedTuple):
     """What a dynamic network returns, whatever the execution.
 
@@ -67,7 +81,7 @@ class DynamicOutput(NamedTuple):
         logits: class scores after early exit if any, shape (B, K).
         gates: name -> :class:`Gate`, in execution order.
         exits: logits of every exit, shape (B, E, K), for networks that have several.
-        aux: what an objective needs beside the logits, for example ``"ponder"`` of shape (B,).
+        aux: what an objective needs beside the logits, for example ``"ponder"`` of shape (B,); the first axis is the batch.
     """
 
     logits: Tensor
@@ -88,7 +102,7 @@ def split_output(output: DynamicOutput, sizes: list[int]) -> list[DynamicOutput]
     gates = {name: (gate, gate.score.split(sizes), gate.executed.split(sizes)) for name, gate in output.gates.items()}
     parts = []
     for index, (part_logits, part_exits) in enumerate(zip(logits, exits, strict=True)):
-        part_gates = {name: Gate(scores[index], gate.threshold, executed[index]) for name, (gate, scores, executed) in gates.items()}
+        part_gates = {name: replace(gate, score=scores[index], executed=executed[index]) for name, (gate, scores, executed) in gates.items()}
         aux = {name: value.split(sizes)[index] for name, value in output.aux.items()}
         parts.append(DynamicOutput(part_logits, part_gates, part_exits, aux))
     return parts
@@ -118,7 +132,7 @@ class DynamicNetwork(nn.Module, ABC):
 
 
 class GateTable(NamedTuple):
-    """All gates of a batch side by side, (B, N) each, in execution order."""
+    """All gates of a batch that decide for themselves, side by side, (B, N) each, in execution order."""
 
     score: Tensor
     threshold: Tensor
@@ -126,7 +140,7 @@ class GateTable(NamedTuple):
 
 
 def gate_table(gates: Mapping[str, Gate]) -> GateTable:
-    """Concatenate gates along the unit axis.
+    """Concatenate gates along the unit axis, those that follow another one left out.
 
     Args:
         gates: name -> gate, each of shape (B, U).
@@ -143,10 +157,11 @@ def gate_table(gates: Mapping[str, Gate]) -> GateTable:
         torch.Size([1, 2])
     """
     require_gates(gates)
+    deciding = [gate for gate in gates.values() if gate.follows is None]
     return GateTable(
-        score=torch.cat([gate.score for gate in gates.values()], dim=1),
-        threshold=torch.cat([gate.threshold.expand_as(gate.score) for gate in gates.values()], dim=1),
-        executed=torch.cat([gate.executed for gate in gates.values()], dim=1),
+        score=torch.cat([gate.score for gate in deciding], dim=1),
+        threshold=torch.cat([gate.threshold.expand_as(gate.score) for gate in deciding], dim=1),
+        executed=torch.cat([gate.executed for gate in deciding], dim=1),
     )
 
 

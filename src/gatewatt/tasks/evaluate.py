@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from gatewatt.data.batch import Batch
 from gatewatt.flops import ExecutionMeter, FlopsLedger
-from gatewatt.gating import DynamicNetwork, DynamicOutput, check_finite, check_images, check_labels, gate_table
+from gatewatt.gating import DynamicNetwork, DynamicOutput, check_finite, check_images, check_labels
 from gatewatt.metrics import GateUsage, MeanFlops
 
 
@@ -65,7 +65,7 @@ class CleanEvaluation(nn.Module):
         flops = self.ledger(output.gates)
         self.accuracy.update(output.logits, batch.labels)
         self.flops.update(flops)
-        self.usage.update(gate_table(output.gates).executed)
+        self.usage.update(torch.cat([gate.executed for gate in output.gates.values()], dim=1))
         for metric, charged in zip(self.per_gate.values(), self.ledger.per_gate(output.gates).values(), strict=True):
             metric.update(charged)
         return output, flops

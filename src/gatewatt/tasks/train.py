@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gatewatt.data.batch import Batch
 from gatewatt.data.order import generator
-from gatewatt.gating import DynamicNetwork
+from gatewatt.gating import DynamicNetwork, Execution
 from gatewatt.objectives import CrossEntropy, Objective
 from gatewatt.tasks.base import NetworkTask
 from gatewatt.tasks.evaluate import check_batch
@@ -29,6 +30,8 @@ class DynamicTraining(NetworkTask):
         optimization: optimiser and schedule.
         checkpoint: weights to start from: a shipped name or a ``.safetensors`` path of the same architecture.
         channels_last: keep weights and images in that memory format (faster on CPU and GPU).
+        execution: ``masked``, or ``dense`` to train the static parent of a network that is made dynamic in a second stage. Validation and test
+            measure the dynamic network all the same.
     """
 
     def __init__(
@@ -39,8 +42,12 @@ class DynamicTraining(NetworkTask):
         *,
         checkpoint: str | None = None,
         channels_last: bool = True,
+        execution: Literal["masked", "dense"] = "masked",
     ) -> None:
         super().__init__(network, checkpoint=checkpoint, channels_last=channels_last)
+        if execution not in ("masked", "dense"):
+            raise ValueError(f"execution must be masked or dense to train, got {execution!r}")
+        self.execution: Execution = execution
         # A loaded network comes in eval mode, and Lightning trains a module in the mode it finds it in.
         self.network.train()
         self.objective = objective or CrossEntropy()
@@ -60,7 +67,7 @@ class DynamicTraining(NetworkTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch of clean images."""
         check_batch(batch, self.num_classes)
-        output = self.network(batch.images)
+        output = self.network(batch.images, self.execution)
         return self.total(self.objective(output, batch.labels, self.ledger))
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
