@@ -17,7 +17,7 @@ from timing import describe_machine, interleaved
 
 from gatewatt import load, price
 from gatewatt.attacks import GradMDM
-from gatewatt.attacks.loop import folded
+from gatewatt.attacks.base import folded
 from gatewatt.gating import gate_table
 from gatewatt.networks import SkipNet
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gatewatt.attacks import AttackResult, EnergyAttack
+from gatewatt.attacks import Attack, AttackResult
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import Charge, DynamicNetwork, DynamicOutput, Execution, Gate, decision_named
 
@@ -35,18 +36,50 @@ class Logistic(DynamicNetwork):
         self.a, self.b, self.head = nn.Linear(12, 9, bias=False), nn.Linear(12, 2, bias=False), nn.Linear(12, 4)
         self.charges = (Charge("a", ("a",)), Charge("b", ("b",)))
 
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Of all gates, (B, 5); around the middle grey, so that an untrained gate can be on either side of its threshold."""
+        return (pixels - 0.5) @ self.weight.T + self.bias
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        """Of all gates, (B, 5)."""
+        return torch.sigmoid(self.logits(pixels))
+
     def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
         """Logits that depend on how many units of each gate ran."""
         pixels = images.flatten(1)
-        # Around the middle grey, so that an untrained gate can be on either side of its threshold.
-        scores = torch.sigmoid((pixels - 0.5) @ self.weight.T + self.bias).split([3, 2], dim=1)
         logits, gates = self.head(pixels), {}
-        for name, score in zip(("a", "b"), scores, strict=True):
+        for name, score in zip(("a", "b"), self.scores(pixels).split([3, 2], dim=1), strict=True):
             threshold = torch.full((), 0.5, dtype=score.dtype)
             executed = torch.ones_like(score) if execution == "dense" else self.decision(name, score, threshold, training=self.training)
             gates[name] = Gate(score, threshold, executed.detach())
             logits = logits + executed.mean(1, keepdim=True) * self.get_submodule(name)(pixels).sum(1, keepdim=True)
         return DynamicOutput(logits, gates)
+
+
+LEDGER = FlopsLedger(
+    prices={"a": 108.0, "b": 24.0},
+    charges=(Charge("a", ("a",)), Charge("b", ("b",))),
+    dense=180.0,
+    fixed=48.0,
+    overhead=0.0,
+    resolution=(2, 2),
+    units={"a": 3, "b": 2},
+)
+"""Prices of :class:`Logistic`, worked out by hand."""
+
+
+class Saturated(Logistic):
+    """The same decisions from logits a thousand times as large: scores of 0 or 1, to the last bit of float32, and no slope."""
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        return torch.sigmoid(1000 * self.logits(pixels))
+
+
+class Detached(Logistic):
+    """The same scores without a path of gradients to the image."""
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        return super().scores(pixels.detach())
 
 
 class Blocks(DynamicNetwork):
@@ -89,10 +122,28 @@ class Levels(Blocks):
         return super().forward((255 * images - (255 * images).round()).abs(), execution)
 
 
-class Nudge(EnergyAttack):
+class Rooted(Blocks):
+    """Finite everywhere, with an infinite slope at black."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 1))
+        nn.init.constant_(self.scores.weight, -0.01)
+        nn.init.constant_(self.scores.bias, -0.1)
+
+    def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
+        """Of the square root."""
+        return super().forward(images.sqrt(), execution)
+
+
+class Nudge(Attack):
     """Adds less than half a level, which rounding takes away again."""
 
-    def __call__(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None = None, *, ledger: FlopsLedger | None = None) -> AttackResult:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its name."""
+        return {"name": self.name}
+
+    def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
         """Perturb, whatever the network."""
         return AttackResult((images + 0.4 / 255).clamp(max=1), torch.ones(len(images), dtype=torch.int64))
 

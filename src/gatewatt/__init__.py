@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatewatt import attacks, networks
     from gatewatt.flops import FlopsLedger, audit, price
+    from gatewatt.gating import GateHook, HookedNetwork
     from gatewatt.networks.checkpoint import load
 
 try:
@@ -21,13 +22,15 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 _HOMES = {
     "FlopsLedger": "gatewatt.flops",
+    "GateHook": "gatewatt.gating",
+    "HookedNetwork": "gatewatt.gating",
     "audit": "gatewatt.flops",
     "load": "gatewatt.networks.checkpoint",
     "price": "gatewatt.flops",
 }
 _MODULES = ("attacks", "networks")
 
-__all__ = ["FlopsLedger", "__version__", "attacks", "audit", "load", "networks", "price"]
+__all__ = ["FlopsLedger", "GateHook", "HookedNetwork", "__version__", "attacks", "audit", "load", "networks", "price"]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,12 +56,16 @@ class Recipe:
         origins: key path -> file and line that set it last; list entries are ``"0"``, ``"1"``, ...
         files: every file that took part, in merge order.
         running: everything that the recipe describes was built; a later error is less likely its fault.
+        flags: what the command line adds, without the recipes; it wins over them.
+        command: the whole command line, verb first.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     origins: dict[Key, Origin] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     running: bool = False
+    flags: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
 
     def origin(self, key: str) -> Origin | None:
         """Which file set ``key`` ("model.init_args.lr"), or the nearest group above it that a file set."""

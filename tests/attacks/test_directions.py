@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gatewatt.attacks import mask_conflict
+from gatewatt.attacks import ComplexityLoss, ComplexityOnly, ConflictMasking, GateLoss, HingeLoss, Joint, PowerLoss, UnitLength, mask_conflict
+from gatewatt.gating import GateTable
 
 
 def masked_by_hand(closed: NDArray[np.float64], opened: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -92,3 +93,75 @@ def test_gradients_too_small_to_be_squared_in_float32_are_projected_all_the_same
     expected = np.stack([masked_by_hand(c, o) for c, o in zip(closed.numpy(), opened.numpy(), strict=True)])
     rectified = mask_conflict(closed.float(), opened.float()).double().numpy()
     assert np.abs(rectified - expected).max() < 1e-5 * size
+
+
+# ---- directions, on gates that are logistic in the pixels ----
+
+LAM = torch.tensor([0.5, 1.0, 2.0, 0.3, 1.2], dtype=torch.float64)
+
+
+class Gates:
+    """Five gates ``sigmoid(W x + b)`` in float64, and the gradient function that the loops hand to a direction."""
+
+    def __init__(self, count: int = 12) -> None:
+        generator = torch.Generator().manual_seed(4)
+        self.weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+        self.images = torch.rand(count, 3, 2, 2, generator=generator, dtype=torch.float64)
+
+    def table(self, images: Tensor) -> GateTable:
+        score = torch.sigmoid((images.flatten(1) - 0.5) @ self.weight.T)
+        return GateTable(score, torch.full_like(score, 0.5), (score >= 0.5).double())
+
+    def __call__(self, direction: Joint | ConflictMasking | ComplexityOnly | UnitLength, loss: GateLoss, scale: float = 1.0) -> Tensor:
+        images = self.images.clone().requires_grad_()
+        return direction(loss, self.table(images), scale * LAM, lambda losses, more: torch.autograd.grad(losses.sum(), images, retain_graph=more)[0])
+
+    def differences(self, loss: GateLoss) -> Tensor:
+        """The gradient of a loss by central differences, pixel by pixel."""
+        step, found = 1e-6, torch.zeros_like(self.images)
+        for index in np.ndindex(3, 2, 2):
+            moved = torch.zeros(3, 2, 2, dtype=torch.float64)
+            moved[index] = step
+            above, below = (loss(self.table(self.images + sign * moved), LAM) for sign in (1, -1))
+            found[(slice(None), *index)] = (above - below) / (2 * step)
+        return found
+
+
+class OpenGates(GateLoss):
+    """Eq. 8, a second time."""
+
+    def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
+        return torch.stack([-sum(w * max(g, 0.5) for w, g in zip(weights, scores, strict=True)) for scores in table.score])
+
+
+@pytest.mark.parametrize("loss", [ComplexityLoss(), PowerLoss(), HingeLoss()])
+def test_every_direction_is_that_of_finite_differences(loss: GateLoss) -> None:
+    gates = Gates()
+    closed, opened = gates.differences(loss), gates.differences(OpenGates())
+    masked = torch.tensor(np.stack([masked_by_hand(c, o) for c, o in zip(closed.numpy(), opened.numpy(), strict=True)]))
+    expected = {ComplexityOnly(): closed, Joint(): closed + opened, ConflictMasking(): masked}
+    for direction, gradient in expected.items():
+        torch.testing.assert_close(gates(direction, loss), gradient, rtol=0, atol=1e-8)
+        unit = torch.stack([one / one.square().sum().sqrt() for one in gradient])
+        torch.testing.assert_close(gates(UnitLength(direction), loss), unit, rtol=0, atol=1e-7)
+    assert bool((inner(closed, opened) < 0).any())
+
+
+def test_unit_length_masks_unless_told_otherwise() -> None:
+    assert torch.equal(Gates()(UnitLength(), ComplexityLoss()), Gates()(UnitLength(ConflictMasking()), ComplexityLoss()))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
+def test_unit_length_does_not_depend_on_the_size_of_the_loss(scale: float) -> None:
+    direction = UnitLength(ComplexityOnly())
+    torch.testing.assert_close(Gates()(direction, PowerLoss(), scale), Gates()(direction, PowerLoss()), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-25, 1e-12, 1.0, 1e25])
+def test_gradients_too_small_or_large_to_be_squared_in_float32_have_length_1_all_the_same(size: float) -> None:
+    gradient = torch.randn(20, 3, 4, 5)
+    gradient[3] = 0.0
+    found = UnitLength(ComplexityOnly())(ComplexityLoss(), Gates().table(Gates().images), LAM, lambda losses, more: size * gradient)
+    lengths = found.double().square().sum((1, 2, 3)).sqrt()
+    assert lengths[3] == 0
+    assert torch.cat([lengths[:3], lengths[4:]]).tolist() == pytest.approx([1] * 19, abs=1e-6)

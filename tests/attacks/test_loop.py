@@ -10,39 +10,34 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.toys import Blocks, Logistic, Ungated
+from tests.toys import LEDGER, Detached, Logistic, Rooted, Ungated
 from torch import Tensor, nn
 
 from gatewatt.attacks import (
     ABLATIONS,
+    ILFO,
     ComplexityLoss,
     ComplexityOnly,
     ConflictMasking,
     EnergyAttack,
+    GradAuto,
     GradMDM,
     Joint,
     LinfBall,
+    NoGradientError,
     PowerLoss,
     ProjectionSpace,
     Space,
     TanhSpace,
+    UnitLength,
     ablation,
 )
 from gatewatt.flops import FlopsLedger, price
-from gatewatt.gating import Charge, DynamicOutput, Execution
+from gatewatt.gating import gate_table
 from gatewatt.networks import SkipNet
 
 Array = NDArray[np.float64]
 
-LEDGER = FlopsLedger(
-    prices={"a": 108.0, "b": 24.0},
-    charges=(Charge("a", ("a",)), Charge("b", ("b",))),
-    dense=180.0,
-    fixed=48.0,
-    overhead=0.0,
-    resolution=(2, 2),
-    units={"a": 3, "b": 2},
-)
 LAMBDA = 5 * np.array([36.0] * 3 + [12.0] * 2) / 132.0
 """The units' shares of what can be saved, 108 / 3 and 24 / 2 MACs each, times their number."""
 
@@ -92,7 +87,7 @@ def by_hand(
             score = 1 / (1 + np.exp(-(weight @ (x[image] - 0.5) + bias)))
             closed, opened = score < 0.5, score > 0.5
             slope = LAMBDA * score * (1 - score)  # lambda_i dG_i / d(w_i x)
-            power = 1.0 if step <= warm or method in ("Eq5", "Eq6", "CGM") else alpha
+            power = 1.0 if step <= warm or method in ("Eq5", "Eq6", "CGM", "GradAuto") else alpha
             g_closed = chain[image] * (-(slope * power * score ** (power - 1) * closed) @ weight)
             g_open = chain[image] * (-(slope * opened) @ weight)
             if step <= warm or method in ("Eq6", "Power"):
@@ -103,6 +98,8 @@ def by_hand(
                 inner = float(g_closed @ g_open)
                 conflicts += inner < 0
                 chosen = g_closed - inner / float(g_open @ g_open) * g_open if inner < 0 else g_closed
+            if step > warm and method == "GradAuto":
+                chosen = chosen / np.sqrt(float(chosen @ chosen))
             gradient[image] = chosen + gamma * 2 * (x[image] - clean[image]) / (1 if literal else pixels) * chain[image]
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient**2
@@ -120,6 +117,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "Power": (PowerLoss, ComplexityOnly),
     "PowerJoint": (PowerLoss, Joint),
     "GradMDM": (PowerLoss, ConflictMasking),
+    "GradAuto": (ComplexityLoss, UnitLength),
 }
 BY_NAME: dict[str, Space] = {"tanh": TanhSpace(), "projection": ProjectionSpace(), "ball": LinfBall(0.05)}
 
@@ -140,7 +138,7 @@ def test_every_step_is_that_of_an_independent_implementation(method: str, space:
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.flatten(1).double().numpy(), other, rtol=0, atol=2e-5)
     assert np.abs(expected[-1] - expected[0]).max() > 0.02
-    if method in ("CGM", "GradMDM"):
+    if method in ("CGM", "GradMDM", "GradAuto"):
         assert conflicts > 20
 
 
@@ -159,6 +157,7 @@ def test_the_defaults_are_the_papers() -> None:
         "lr": 0.01,
         "keep": "last",
         "decision": None,
+        "prediction_weight": 0.0,
         "loss": {"kind": "PowerLoss", "alpha": 4.0},
         "direction": {"kind": "ConflictMasking"},
         "space": {"kind": "TanhSpace", "margin": 1e-4},
@@ -187,6 +186,62 @@ def test_alpha_1_without_masking_is_eq_6(toy: Logistic, small: Tensor) -> None:
 def test_a_warm_up_of_all_steps_is_eq_6(toy: Logistic, small: Tensor) -> None:
     warm = GradMDM(gamma=1.0, steps=8, warmup=1.0)
     assert torch.equal(warm(toy, small, ledger=LEDGER).images, ablation("Eq6", gamma=1.0, steps=8)(toy, small, ledger=LEDGER).images)
+
+
+def test_ilfo_is_eq_6_towards_levels_of_its_own(toy: Logistic, small: Tensor) -> None:
+    plain = ILFO(gamma=1.0, steps=8)(toy, small, ledger=LEDGER).images
+    warm_up_is_eq_6_too = ablation("Eq6", gamma=1.0, steps=8)
+    assert torch.equal(plain, warm_up_is_eq_6_too(toy, small, ledger=LEDGER).images)
+    assert torch.equal(plain, ILFO([0.5] * 5, gamma=1.0, steps=8)(toy, small, ledger=LEDGER).images)
+
+    def scores(levels: list[float]) -> Tensor:
+        with torch.no_grad():
+            return gate_table(toy(ILFO(levels, gamma=0.01, steps=60, lr=0.05)(toy, small, ledger=LEDGER).images).gates).score.mean(0)
+
+    # The first unit alone is to go all the way up; it cost the most to say so.
+    assert scores([0.99, 0.5, 0.5, 0.5, 0.5])[0] > scores([0.5] * 5)[0] + 0.02
+    with pytest.raises(ValueError, match="thresholds holds 4 values for a network of 5 units; give one per unit"):
+        ILFO([0.5] * 4)(toy, small, ledger=LEDGER)
+
+
+def test_gradauto_is_eq_6_masked_and_of_length_1() -> None:
+    attack = GradAuto(0.5, steps=7)
+    same = EnergyAttack(ComplexityLoss(), UnitLength(ConflictMasking()), gamma=2.0, steps=7, warmup=0.0, name="GradAuto")
+    assert attack.settings == same.settings
+    for strength in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="strength must be positive, got"):
+            GradAuto(strength)
+
+
+# ---- keeping the prediction ----
+
+
+def test_the_distance_of_the_logits_is_one_more_term_of_the_loss(toy: Logistic, small: Tensor) -> None:
+    """Against one loss, differentiated by autograd as a whole, through the space as well."""
+    attack = EnergyAttack(PowerLoss(), ComplexityOnly(), gamma=0.7, steps=8, warmup=0.0, lr=0.03, prediction_weight=0.05)
+    found = attack(toy, small, ledger=LEDGER).images
+    start, delta = torch.atanh(2 * small.clamp(1e-4, 1 - 1e-4) - 1), torch.zeros_like(small, requires_grad=True)
+    adam, clean = torch.optim.Adam([delta], 0.03), toy(small).logits.detach()
+    for _ in range(8):
+        x = (torch.tanh(start + delta) + 1) / 2
+        output = toy(x)
+        power = -(torch.tensor(LAMBDA) * gate_table(output.gates).score.clamp(max=0.5) ** 4).sum(1)
+        total = power + 0.7 * (x - small).square().mean((1, 2, 3)) + 0.05 * (output.logits - clean).square().sum(1)
+        adam.zero_grad()
+        total.sum().backward()
+        adam.step()
+    torch.testing.assert_close(found, (torch.tanh(start + delta.detach()) + 1) / 2, rtol=0, atol=2e-5)
+
+
+def test_the_heavier_the_prediction_the_closer_the_logits(toy: Logistic, small: Tensor) -> None:
+    def distance(prediction_weight: float) -> float:
+        found = GradMDM(gamma=0.01, steps=40, lr=0.05, prediction_weight=prediction_weight)(toy, small, ledger=LEDGER).images
+        with torch.no_grad():
+            return (toy(found).logits - toy(small).logits).square().sum(1).mean().item()
+
+    distances = [distance(weight) for weight in (0.0, 0.01, 1.0)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[2] < 0.3 * distances[0]
 
 
 # ---- images never interact ----
@@ -354,22 +409,18 @@ def test_a_network_of_nan_is_refused(network: SkipNet, images: Tensor) -> None:
         GradMDM(steps=1)(network, images, ledger=ledger)
 
 
-class Rooted(Blocks):
-    """Finite everywhere, with an infinite slope at black."""
-
-    def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
-        return super().forward(images.sqrt(), execution)
-
-
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_an_attack_that_ran_into_nan_returns_no_images(keep: Any) -> None:
-    network, images = Rooted(nn.Conv2d(3, 3, 1)), torch.full((3, 3, 8, 8), 0.5)
+    network, images = Rooted(), torch.full((3, 3, 8, 8), 0.5)
     images[1] = 0.0
-    with torch.no_grad():
-        network.scores.bias.fill_(-0.1)
-        network.scores.weight.fill_(-0.01)
     with pytest.raises(ValueError, match=r"image 1 of the batch met a gradient that is NaN or infinite"):
         GradMDM(steps=2, space=ProjectionSpace(), keep=keep)(network, images, ledger=price(network, images[:1]))
+
+
+@pytest.mark.parametrize("prediction_weight", [0.0, 1.0])
+def test_scores_without_a_gradient_are_refused(prediction_weight: float, small: Tensor) -> None:
+    with pytest.raises(NoGradientError, match="no gradient leads from the network's scores to its images.*SquareSearch"):
+        GradMDM(steps=2, prediction_weight=prediction_weight)(Detached().eval(), small, ledger=LEDGER)
 
 
 INFINITE = float("inf")
@@ -389,6 +440,8 @@ INFINITE = float("inf")
         ({"reduction": "none"}, "reduction must be mean or sum and keep last or best, got 'none' and 'last'"),
         ({"keep": "first"}, "reduction must be mean or sum and keep last or best, got 'mean' and 'first'"),
         ({"decision": "soft"}, "decision must be one of .*got 'soft'"),
+        ({"prediction_weight": -1.0}, "prediction_weight must be finite and at least 0, got -1.0"),
+        ({"prediction_weight": INFINITE}, "prediction_weight must be finite and at least 0, got inf"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

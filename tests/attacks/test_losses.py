@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gatewatt.attacks import ComplexityLoss, FinishedLoss, GateLoss, Joint, PowerLoss
-from gatewatt.gating import GateTable
+from gatewatt.attacks import CheapestGateLoss, ComplexityLoss, FinishedLoss, GateLoss, HingeLoss, Joint, PowerLoss, UniformExitsLoss
+from gatewatt.gating import DynamicOutput, GateTable
 
 Column = NDArray[np.float64]
 
@@ -32,13 +34,48 @@ def power_by_formula(lam: Column, score: Column, tau: Column, alpha: float) -> l
     return [-sum(lam[i] * min(score[b, i], tau[b, i]) ** alpha for i in range(len(lam))) for b in range(len(score))]
 
 
+ALPHAS, LEVELS = [1.0, 1.5, 2.0, 3.0, 4.0, 4.5, 5.0, 6.0, 7.0], [0.31, 0.97, 0.45, 0.5, 0.62, 0.71, 0.83, 0.11, 1.0]
+
+
+def powers_by_formula(lam: Column, score: Column, tau: Column) -> list[float]:
+    return [-sum(lam[i] * min(score[b, i], tau[b, i]) ** ALPHAS[i] for i in range(len(lam))) for b in range(len(score))]
+
+
+def levels_by_formula(lam: Column, score: Column, tau: Column) -> list[float]:
+    return [-sum(lam[i] * min(score[b, i], LEVELS[i]) for i in range(len(lam))) for b in range(len(score))]
+
+
+def logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def hinge_by_formula(lam: Column, score: Column, tau: Column, margin: float) -> list[float]:
+    return [sum(lam[i] * math.log(1 + math.exp(logit(tau[b, i]) + margin - logit(score[b, i]))) for i in range(len(lam))) for b in range(len(score))]
+
+
+def cheapest_by_formula(lam: Column, score: Column, tau: Column, margin: float) -> list[float]:
+    found = []
+    for b in range(len(score)):
+        beyond = [logit(score[b, i]) - logit(tau[b, i]) for i in range(len(lam))]
+        shut = [i for i in range(len(lam)) if beyond[i] < 0]
+        held = [max(margin - beyond[i], 0) * lam[i] for i in range(len(lam)) if i not in shut]
+        found.append(sum(100 + lam[i] * margin for i in shut) + min((-beyond[i] for i in shut), default=0.0) + sum(held))
+    return found
+
+
 FORMULAS = [
     (ComplexityLoss(), lambda lam, score, tau: power_by_formula(lam, score, tau, 1)),
     (PowerLoss(), lambda lam, score, tau: power_by_formula(lam, score, tau, 4)),
     (PowerLoss(2.5), lambda lam, score, tau: power_by_formula(lam, score, tau, 2.5)),
     (FinishedLoss(), lambda lam, score, tau: [-sum(lam[i] * max(score[b, i], tau[b, i]) for i in range(len(lam))) for b in range(len(score))]),
+    (PowerLoss(ALPHAS), powers_by_formula),
+    (ComplexityLoss(LEVELS), levels_by_formula),
+    (HingeLoss(), lambda lam, score, tau: hinge_by_formula(lam, score, tau, 0.5)),
+    (HingeLoss(0.0), lambda lam, score, tau: hinge_by_formula(lam, score, tau, 0.0)),
+    (CheapestGateLoss(), lambda lam, score, tau: cheapest_by_formula(lam, score, tau, 0.5)),
+    (CheapestGateLoss(2.0), lambda lam, score, tau: cheapest_by_formula(lam, score, tau, 2.0)),
 ]
-NAMES = ["Eq. 6", "Eq. 7", "Eq. 7, alpha 2.5", "Eq. 8"]
+NAMES = ["Eq. 6", "Eq. 7", "Eq. 7, alpha 2.5", "Eq. 8", "alphas", "levels", "hinge", "hinge, no margin", "cheapest", "cheapest, wide margin"]
 
 
 @pytest.mark.parametrize(("loss", "formula"), FORMULAS, ids=NAMES)
@@ -54,7 +91,7 @@ def test_the_loss_is_its_formula(loss: GateLoss, formula: object) -> None:
 @pytest.mark.parametrize(("loss", "formula"), FORMULAS, ids=NAMES)
 def test_the_gradient_is_that_of_finite_differences(loss: GateLoss, formula: object) -> None:
     assert callable(formula)
-    gates, lam, step = table(), weights().numpy(), 1e-5
+    gates, lam, step = table(), weights().numpy(), 1e-6
     score = gates.score.clone().requires_grad_()
     (found,) = torch.autograd.grad(loss(gates._replace(score=score), weights()).sum(), score)
     values, tau = gates.score.numpy(), gates.threshold.numpy()
@@ -64,7 +101,8 @@ def test_the_gradient_is_that_of_finite_differences(loss: GateLoss, formula: obj
         above[image, unit] += step
         below[image, unit] -= step
         expected[image, unit] = (formula(lam, above, tau)[image] - formula(lam, below, tau)[image]) / (2 * step)
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-8)
+    # The tolerance is that of the differences: values near 1000 times 1e-16, over a step of 1e-6.
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_power_loss_with_alpha_1_is_eq_6() -> None:
@@ -111,3 +149,130 @@ def test_the_power_prefers_what_is_nearly_open() -> None:
 def test_a_power_below_1_is_refused(alpha: float) -> None:
     with pytest.raises(ValueError, match=r"alpha must be .*at least 1 .*\(Eq. 7\), got"):
         PowerLoss(alpha)
+
+
+# ---- one value per unit ----
+
+
+@pytest.mark.parametrize("wrong", [[0.5] * 8, [0.5] * 10, []])
+def test_one_value_per_unit_or_none(wrong: list[float]) -> None:
+    for loss, argument in ((PowerLoss([1 + value for value in wrong]), "alpha"), (ComplexityLoss(wrong), "thresholds")):
+        with pytest.raises(ValueError, match=f"{argument} holds {len(wrong)} values for a network of 9 units; give one per unit"):
+            loss(table(), weights())
+
+
+def test_equal_values_per_unit_are_one_value() -> None:
+    assert torch.equal(PowerLoss([2.5] * 9)(table(), weights()), PowerLoss(2.5)(table(), weights()))
+    half = table()._replace(threshold=torch.full((6, 9), 0.5, dtype=torch.float64))
+    assert torch.equal(ComplexityLoss([0.5] * 9)(half, weights()), ComplexityLoss()(half, weights()))
+
+
+@pytest.mark.parametrize("level", [0.0, -0.1, 1.1, float("nan")])
+def test_a_level_that_no_score_can_pass_is_refused(level: float) -> None:
+    with pytest.raises(ValueError, match=r"thresholds must be in \(0, 1\], one per unit, got 0.5, "):
+        ComplexityLoss([0.5, level])
+
+
+@pytest.mark.parametrize("alpha", [0.5, float("nan")])
+def test_a_power_below_1_is_refused_wherever_it_stands(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha must be .*at least 1 .*\(Eq. 7\), got"):
+        PowerLoss([4.0, alpha])
+
+
+# ---- losses in logits ----
+
+
+@pytest.mark.parametrize("loss", [HingeLoss, CheapestGateLoss])
+@pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf")])
+def test_a_margin_is_a_distance(loss: type[HingeLoss] | type[CheapestGateLoss], margin: float) -> None:
+    with pytest.raises(ValueError, match="margin must be finite and at least 0, got"):
+        loss(margin)
+
+
+def test_the_hinge_sees_a_firmly_closed_gate_and_the_power_loss_does_not() -> None:
+    logits = torch.tensor([[-60.0, -30.0, -10.0, -1.0]], requires_grad=True)
+    slopes = []
+    for loss in (HingeLoss(), PowerLoss()):
+        gates = GateTable(torch.sigmoid(logits), torch.full((1, 4), 0.5), torch.zeros(1, 4))
+        slopes.append(torch.autograd.grad(loss(gates, torch.ones(4)).sum(), logits)[0][0].tolist())
+    assert slopes[0] == pytest.approx([-1, -1, -1, -1 / (1 + math.exp(-1.5))], rel=1e-3)
+    assert slopes[1][:2] == [0, 0]
+    assert -1e-15 < slopes[1][2] < 0
+
+
+@pytest.mark.parametrize("loss", [HingeLoss(), CheapestGateLoss()])
+@pytest.mark.parametrize("score", [0.0, 1e-45, 1e-30, 1.0])
+def test_losses_in_logits_are_finite_at_every_score(loss: GateLoss, score: float) -> None:
+    scores = torch.tensor([[score, 0.4]], requires_grad=True)
+    value = loss(GateTable(scores, torch.full((1, 2), 0.5), torch.zeros(1, 2)), torch.ones(2))
+    (slope,) = torch.autograd.grad(value.sum(), scores)
+    assert bool(torch.isfinite(value).all() and torch.isfinite(slope).all())
+
+
+def test_the_cheapest_gate_alone_is_pushed() -> None:
+    logits = torch.tensor([[-3.0, -0.7, -0.9, 0.2, 2.0]], dtype=torch.float64, requires_grad=True)
+    gates = GateTable(torch.sigmoid(logits), torch.full((1, 5), 0.5, dtype=torch.float64), torch.zeros(1, 5))
+    (slope,) = torch.autograd.grad(CheapestGateLoss(0.5)(gates, torch.tensor([1.0, 1, 1, 3, 1])).sum(), logits)
+    # The nearest closed gate, and with its cost the open one that is not yet beyond the margin.
+    assert slope[0].tolist() == pytest.approx([0, -1, 0, -3, 0])
+
+
+def test_opening_the_cheapest_gate_lowers_the_loss_however_far_the_next_one_is() -> None:
+    loss = CheapestGateLoss()
+    for seed in range(50):
+        gates = table(seed=seed)
+        score = gates.score**8
+        beyond = torch.logit(score) - torch.logit(gates.threshold)
+        nearest = torch.where(beyond < 0, beyond, -torch.inf).argmax(1)
+        opened = score.scatter(1, nearest[:, None], gates.threshold.gather(1, nearest[:, None]) + 1e-9)
+        assert bool((loss(gates._replace(score=opened), weights()) < loss(gates._replace(score=score), weights())).all())
+
+
+def test_with_every_gate_open_and_beyond_the_margin_nothing_is_left_to_do() -> None:
+    gates = table()._replace(score=torch.full((6, 9), 0.99, dtype=torch.float64))
+    assert CheapestGateLoss()(gates, weights()).tolist() == [0] * 6
+
+
+# ---- exits ----
+
+
+def exits_by_formula(exits: Column) -> list[float]:
+    """Sum over all exits but the last of the cross entropy between the uniform distribution and the softmax."""
+    found = []
+    for image in exits:
+        total = 0.0
+        for logits in image[:-1]:
+            partition = sum(math.exp(value) for value in logits)
+            total -= sum(math.log(math.exp(value) / partition) for value in logits) / len(logits)
+        found.append(total)
+    return found
+
+
+def test_the_loss_of_the_exits_is_its_formula_and_its_gradient_that_of_finite_differences() -> None:
+    exits = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    found = UniformExitsLoss().of(DynamicOutput(exits[:, -1], {}, exits), table(), weights())
+    assert found.tolist() == pytest.approx(exits_by_formula(exits.detach().numpy()), rel=1e-12)
+    (slope,) = torch.autograd.grad(found.sum(), exits)
+    values, step = exits.detach().numpy(), 1e-6
+    for place in np.ndindex(values.shape):
+        above, below = values.copy(), values.copy()
+        above[place] += step
+        below[place] -= step
+        difference = (exits_by_formula(above)[place[0]] - exits_by_formula(below)[place[0]]) / (2 * step)
+        assert slope[place].item() == pytest.approx(difference, abs=1e-8)
+    assert not slope[:, -1].any()
+
+
+def test_undecided_exits_are_the_least_loss() -> None:
+    undecided = UniformExitsLoss().of(DynamicOutput(torch.zeros(1, 5), {}, torch.zeros(1, 4, 5)), table(), weights())
+    assert undecided.item() == pytest.approx(3 * math.log(5))
+
+
+def test_a_network_without_exits_is_refused() -> None:
+    with pytest.raises(ValueError, match="DeepSloth attacks early exits, and this network returns none; use an attack on gates"):
+        UniformExitsLoss().of(DynamicOutput(torch.zeros(1, 5), {}), table(), weights())
+
+
+@pytest.mark.parametrize("loss", [ComplexityLoss(), PowerLoss(), HingeLoss(), CheapestGateLoss()])
+def test_a_loss_over_gates_is_a_loss_over_outputs_that_hold_them(loss: GateLoss) -> None:
+    assert torch.equal(loss.of(DynamicOutput(torch.zeros(6, 2), {}), table(), weights()), loss(table(), weights()))

@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatewatt.attacks import LinfBall, ProjectionSpace, Space, TanhSpace
+from gatewatt.attacks import Ball, L2Ball, LinfBall, ProjectionSpace, Space, TanhSpace
 
-SPACES = [TanhSpace(), ProjectionSpace(), LinfBall(8 / 255)]
-NAMES = ["tanh", "projection", "ball"]
+SPACES = [TanhSpace(), ProjectionSpace(), LinfBall(8 / 255), L2Ball(0.5)]
+NAMES = ["tanh", "projection", "linf", "l2"]
+BALLS = [LinfBall, L2Ball]
+
+
+def norms(ball: Ball, delta: Tensor) -> Tensor:
+    """Independent of the package: the norm that the ball bounds, per image, in float64."""
+    values = delta.double().abs().flatten(1)
+    return values.max(1).values if isinstance(ball, LinfBall) else (values**2).sum(1) ** 0.5
 
 
 @pytest.fixture
@@ -94,7 +101,65 @@ def test_a_margin_without_a_finite_atanh_is_refused(margin: float) -> None:
         TanhSpace(margin)
 
 
-@pytest.mark.parametrize("eps", [0.0, -0.1, float("nan")])
-def test_a_ball_has_a_radius(eps: float) -> None:
-    with pytest.raises(ValueError, match="eps must be positive, got"):
-        LinfBall(eps)
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("eps", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_ball_has_a_radius(ball: type[Ball], eps: float) -> None:
+    with pytest.raises(ValueError, match=r"eps must be finite and positive, a radius on the \[0, 1\] scale, got"):
+        ball(eps)
+
+
+# ---- balls ----
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("eps", [1 / 255, 0.5, 2.0])
+@pytest.mark.parametrize("size", [1e-3, 0.1, 100.0])
+def test_perturbations_stay_in_the_ball_and_images_valid(ball: type[Ball], eps: float, size: float, pixels: Tensor) -> None:
+    space = ball(eps)
+    delta = space.restrict(pixels, size * torch.randn_like(pixels))
+    perturbed = space.image(pixels, delta)
+    assert bool(((perturbed >= 0) & (perturbed <= 1)).all())
+    assert norms(space, perturbed - pixels).max() <= eps + 1e-6
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("eps", [0.01, 0.2])
+def test_what_is_inside_stays_and_what_is_outside_comes_to_the_surface(ball: type[Ball], eps: float) -> None:
+    space, grey = ball(eps), torch.full((5, 3, 8, 8), 0.5)
+    direction = torch.randn_like(grey)
+    direction = direction / norms(space, direction).float().view(-1, 1, 1, 1)
+    inside = space.restrict(grey, 0.9 * eps * direction)
+    torch.testing.assert_close(inside, 0.9 * eps * direction, rtol=0, atol=1e-7)
+    outside = space.ball(3 * eps * direction)
+    assert norms(space, outside).tolist() == pytest.approx([eps] * 5, abs=1e-6)
+    # No other point of the ball is nearer.
+    for _ in range(50):
+        other = space.ball(outside + 0.1 * eps * torch.randn_like(outside))
+        nearer = (other - 3 * eps * direction).square().sum((1, 2, 3)) < (outside - 3 * eps * direction).square().sum((1, 2, 3)) - 1e-6
+        assert not nearer.any()
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
+def test_no_direction_of_norm_1_descends_faster(ball: type[Ball], scale: float) -> None:
+    space, gradient = ball(0.5), torch.randn(6, 3, 4, 4)
+    gradient[2] = 0.0
+    found = space.steepest(scale * gradient)
+    assert bool(torch.isfinite(found).all())
+    assert not found[2].any()
+    kept = [0, 1, 3, 4, 5]
+    assert norms(space, found)[kept].tolist() == pytest.approx([1] * 5, abs=1e-6)
+    values = gradient.double().flatten(1)
+    # Hoelder: the most that a direction of norm 1 can gain is the dual norm of the gradient.
+    dual = values.abs().sum(1) if ball is LinfBall else (values**2).sum(1) ** 0.5
+    assert (found.double().flatten(1) * values).sum(1).tolist() == pytest.approx((-dual).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_starts_by_chance_are_in_the_ball_and_all_over_it(ball: type[Ball]) -> None:
+    space, noise = ball(0.3), torch.rand(40, 3, 8, 8)
+    start = space.within(noise)
+    assert norms(space, start).max() <= 0.3 + 1e-6
+    assert norms(space, start).min() > 0.29
+    assert start.mean().abs() < 0.01
+    assert bool(torch.isfinite(space.within(torch.zeros(1, 3, 2, 2))).all())

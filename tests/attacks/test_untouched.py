@@ -12,7 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatewatt.attacks import EnergyAttack, GradMDM, LinfBall, under_attack
+from gatewatt.attacks import (
+    ILFO,
+    Attack,
+    AutoEnergy,
+    CheapestGateLoss,
+    EnergyAttack,
+    GradAuto,
+    GradMDM,
+    L2Ball,
+    LinfBall,
+    Noise,
+    ProjectedAttack,
+    SquareSearch,
+    under_attack,
+)
 from gatewatt.flops import price
 from gatewatt.gating import decision_named, gate_table
 from gatewatt.networks import SkipNet
@@ -56,12 +70,21 @@ ATTACKS = [
     GradMDM(steps=3),
     GradMDM(steps=3, keep="best", decision="straight_through"),
     EnergyAttack(steps=2, space=LinfBall(8 / 255)),
+    GradMDM(steps=2, prediction_weight=1.0),
+    ILFO(steps=2),
+    GradAuto(steps=2),
+    ProjectedAttack(steps=2, restarts=2, decision="straight_through"),
+    ProjectedAttack(CheapestGateLoss(), space=L2Ball(0.5), steps=2),
+    SquareSearch(steps=2),
+    Noise("gaussian"),
+    AutoEnergy(steps=1),
 ]
+IDS = ["last", "best", "ball", "prediction", "ilfo", "gradauto", "projected", "cheapest", "square", "noise", "auto"]
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=["last", "best", "ball"])
+@pytest.mark.parametrize("attack", ATTACKS, ids=IDS)
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_everything_is_as_it_was(context: str, attack: EnergyAttack, network: SkipNet, images: Tensor) -> None:
+def test_everything_is_as_it_was(context: str, attack: Attack, network: SkipNet, images: Tensor) -> None:
     kept, before = images.clone(), state(network)
     with CONTEXTS[context]():
         inside = state(network)
@@ -74,7 +97,8 @@ def test_everything_is_as_it_was(context: str, attack: EnergyAttack, network: Sk
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("calls", [0, 1, 2])
-def test_everything_is_as_it_was_after_an_error(context: str, calls: int, network: SkipNet, images: Tensor) -> None:
+@pytest.mark.parametrize("attack", [GradMDM(steps=4, decision="straight_through"), AutoEnergy(steps=2)], ids=["gradmdm", "auto"])
+def test_everything_is_as_it_was_after_an_error(attack: Attack, context: str, calls: int, network: SkipNet, images: Tensor) -> None:
     ledger, done = price(network, images[:1]), []
 
     def fail(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -85,7 +109,7 @@ def test_everything_is_as_it_was_after_an_error(context: str, calls: int, networ
     network.trunk.head.register_forward_hook(fail)
     before = state(network)
     with CONTEXTS[context](), pytest.raises(RuntimeError, match="boom"):
-        GradMDM(steps=4, decision="straight_through")(network, images, ledger=ledger)
+        attack(network, images, ledger=ledger)
     assert state(network) == before
 
 
@@ -161,3 +185,19 @@ def test_the_images_may_require_a_gradient_and_get_none(network: SkipNet, images
     found = GradMDM(steps=2)(network, images).images
     assert images.grad is None
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=IDS)
+def test_a_decision_of_the_networks_own_is_given_back(attack: Attack, images: Tensor) -> None:
+    network, asked = SkipNet(8, width=4).eval(), []
+
+    def own(name: str, score: Tensor, threshold: Tensor, *, training: bool) -> Tensor:
+        asked.append(name)
+        return (score >= threshold).to(score.dtype)
+
+    network.decision = own
+    attack(network, images, ledger=price(network, images[:1]))
+    assert network.decision is own
+    asked.clear()
+    network(images)
+    assert asked == ["block1", "block2"]

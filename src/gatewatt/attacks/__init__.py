@@ -1,29 +1,64 @@
-"""Energy attacks: one loop; losses, directions and spaces plug in."""
+"""Energy attacks: losses, directions and spaces plug into two loops; ensembles, searches and noise beside them."""
 
-from gatewatt.attacks.directions import ComplexityOnly, ConflictMasking, Direction, Joint, mask_conflict
-from gatewatt.attacks.loop import AttackResult, EnergyAttack, under_attack
-from gatewatt.attacks.losses import ComplexityLoss, FinishedLoss, GateLoss, PowerLoss
-from gatewatt.attacks.spaces import LinfBall, ProjectionSpace, Space, TanhSpace
-from gatewatt.attacks.zoo import ABLATIONS, GradMDM, ablation
+from gatewatt.attacks.auto import AutoEnergy
+from gatewatt.attacks.base import Attack, AttackResult, BestIterate, BrokenGradientError, NoGradientError, under_attack
+from gatewatt.attacks.deepsloth import DeepSloth
+from gatewatt.attacks.directions import ComplexityOnly, ConflictMasking, Direction, Joint, UnitLength, mask_conflict
+from gatewatt.attacks.loop import EnergyAttack
+from gatewatt.attacks.losses import (
+    CheapestGateLoss,
+    ComplexityLoss,
+    FinishedLoss,
+    GateLoss,
+    HingeLoss,
+    OutputLoss,
+    PowerLoss,
+    UniformExitsLoss,
+)
+from gatewatt.attacks.noise import Noise
+from gatewatt.attacks.projected import ProjectedAttack
+from gatewatt.attacks.saturation import unsaturated
+from gatewatt.attacks.search import SquareSearch
+from gatewatt.attacks.spaces import Ball, L2Ball, LinfBall, ProjectionSpace, Space, TanhSpace
+from gatewatt.attacks.zoo import ABLATIONS, ILFO, GradAuto, GradMDM, ablation
 
 __all__ = [
     "ABLATIONS",
+    "ILFO",
+    "Attack",
     "AttackResult",
+    "AutoEnergy",
+    "Ball",
+    "BestIterate",
+    "BrokenGradientError",
+    "CheapestGateLoss",
     "ComplexityLoss",
     "ComplexityOnly",
     "ConflictMasking",
+    "DeepSloth",
     "Direction",
     "EnergyAttack",
     "FinishedLoss",
     "GateLoss",
+    "GradAuto",
     "GradMDM",
+    "HingeLoss",
     "Joint",
+    "L2Ball",
     "LinfBall",
+    "NoGradientError",
+    "Noise",
+    "OutputLoss",
     "PowerLoss",
+    "ProjectedAttack",
     "ProjectionSpace",
     "Space",
+    "SquareSearch",
     "TanhSpace",
+    "UniformExitsLoss",
+    "UnitLength",
     "ablation",
     "mask_conflict",
     "under_attack",
+    "unsaturated",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gatewatt.attacks.losses import FinishedLoss, GateLoss
+from gatewatt.attacks.spaces import unit_length
 from gatewatt.gating import GateTable
 
 TINY = 1e-12
@@ -78,8 +79,7 @@ class Joint(Direction):
     paper's ``L_P + L_F``.
     """
 
-    def __init__(self) -> None:
-        self.finished = FinishedLoss()
+    finished = FinishedLoss()
 
     def __call__(self, loss: GateLoss, table: GateTable, weights: Tensor, gradient: Gradient) -> Tensor:
         """One backward pass."""
@@ -89,9 +89,23 @@ class Joint(Direction):
 class ConflictMasking(Direction):
     """Complexity gradient masking (CGM): the loss on closed gates, rectified by :func:`mask_conflict`; lambda weighs both losses."""
 
-    def __init__(self) -> None:
-        self.finished = FinishedLoss()
+    finished = FinishedLoss()
 
     def __call__(self, loss: GateLoss, table: GateTable, weights: Tensor, gradient: Gradient) -> Tensor:
         """Two backward passes through one graph."""
         return mask_conflict(gradient(loss(table, weights), True), gradient(self.finished(table, weights), False))
+
+
+class UnitLength(Direction):
+    """Another direction, scaled to Euclidean length 1 per image, as GradAuto does before it adds the penalty's gradient.
+
+    Args:
+        inner: the direction to scale (default :class:`ConflictMasking`).
+    """
+
+    def __init__(self, inner: Direction | None = None) -> None:
+        self.inner = inner or ConflictMasking()
+
+    def __call__(self, loss: GateLoss, table: GateTable, weights: Tensor, gradient: Gradient) -> Tensor:
+        """As many backward passes as the inner direction; an all-zero gradient stays zero."""
+        return unit_length(self.inner(loss, table, weights, gradient))

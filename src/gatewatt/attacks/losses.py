@@ -9,15 +9,35 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from gatewatt.gating import GateTable
+from gatewatt.gating import DynamicOutput, GateTable
 
 
-class GateLoss(ABC):
+class OutputLoss(ABC):
+    """What an attack minimises: a loss over a network's output, one number per image."""
+
+    @abstractmethod
+    def of(self, output: DynamicOutput, table: GateTable, weights: Tensor) -> Tensor:
+        """Loss of each image, (B,); lower means more computation.
+
+        Args:
+            output: of a masked pass.
+            table: its gates side by side, (B, N).
+            weights: lambda times N, (N,), mean 1.
+        """
+
+
+class GateLoss(OutputLoss):
     """A loss over gates, one number per image."""
+
+    def of(self, output: DynamicOutput, table: GateTable, weights: Tensor) -> Tensor:
+        """The loss of the gates, whatever the logits."""
+        return self(table, weights)
 
     @abstractmethod
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
@@ -35,35 +55,46 @@ class GateLoss(ABC):
 class ComplexityLoss(GateLoss):
     """Open what is closed (Eq. 6): ``-sum lambda_i min(G_i, tau)``.
 
+    Args:
+        thresholds: one level per unit to raise it to, in place of the gates' own tau (ILFO's preset thresholds); None for tau.
+
     Example:
         >>> table = GateTable(torch.tensor([[0.2, 0.9]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[0.0, 1.0]]))
         >>> round(ComplexityLoss()(table, torch.ones(2)).item(), 4)
         -0.7
     """
 
+    def __init__(self, thresholds: Sequence[float] | None = None) -> None:
+        if thresholds is not None and not all(0 < level <= 1 for level in thresholds):
+            raise ValueError(f"thresholds must be in (0, 1], one per unit, got {', '.join(map(str, thresholds))}")
+        self.thresholds = None if thresholds is None else tuple(float(level) for level in thresholds)
+
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
         """Eq. 6 per image, shape (B,)."""
-        return -(weights * torch.minimum(table.score, table.threshold)).sum(1)
+        levels = table.threshold if self.thresholds is None else per_unit(self.thresholds, table, "thresholds")
+        return -(weights * torch.minimum(table.score, levels)).sum(1)
 
 
 class PowerLoss(GateLoss):
     """Open first what is nearly open (Eq. 7): ``-sum lambda_i min(G_i, tau)^alpha``.
 
     Args:
-        alpha: at least 1; 1 is Eq. 6. The paper uses 4.
+        alpha: at least 1, one number or one per unit; 1 is Eq. 6. The paper uses 4.
 
     Raises:
-        ValueError: if ``alpha`` is below 1, where the loss would favour the gates that are furthest from opening.
+        ValueError: if an ``alpha`` is below 1, where the loss would favour the gates that are furthest from opening.
     """
 
-    def __init__(self, alpha: float = 4.0) -> None:
-        if not 1 <= alpha < math.inf:
-            raise ValueError(f"alpha must be finite and at least 1 (Eq. 7), got {alpha}")
-        self.alpha = float(alpha)
+    def __init__(self, alpha: float | Sequence[float] = 4.0) -> None:
+        for power in [alpha] if isinstance(alpha, (int, float)) else alpha:
+            if not 1 <= power < math.inf:
+                raise ValueError(f"alpha must be finite and at least 1 (Eq. 7), got {power}")
+        self.alpha = float(alpha) if isinstance(alpha, (int, float)) else tuple(float(power) for power in alpha)
 
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
         """Eq. 7 per image, shape (B,)."""
-        return -(weights * torch.minimum(table.score, table.threshold) ** self.alpha).sum(1)
+        alpha = self.alpha if isinstance(self.alpha, float) else per_unit(self.alpha, table, "alpha")
+        return -(weights * torch.minimum(table.score, table.threshold) ** alpha).sum(1)
 
 
 class FinishedLoss(GateLoss):
@@ -72,3 +103,85 @@ class FinishedLoss(GateLoss):
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
         """Eq. 8 per image, shape (B,)."""
         return -(weights * torch.maximum(table.score, table.threshold)).sum(1)
+
+
+class HingeLoss(GateLoss):
+    """Open what is closed by its distance in logits: ``sum lambda_i softplus(z_tau + m - z_i)``, z the logit of the score.
+
+    The power loss multiplies the slope of a score by G^(alpha - 1), and both vanish for a firmly closed gate; in logits they do not. Where a
+    score underflows to 0, the slope of the sigmoid itself is gone: :func:`~gatewatt.attacks.saturation.unsaturated` brings it back.
+
+    Args:
+        margin: m, how far beyond its threshold a gate is pushed, in logits.
+    """
+
+    def __init__(self, margin: float = 0.5) -> None:
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"margin must be finite and at least 0, got {margin}")
+        self.margin = float(margin)
+
+    def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
+        """The hinge per image, shape (B,)."""
+        return (weights * functional.softplus(self.margin - gate_margin(table))).sum(1)
+
+
+class CheapestGateLoss(GateLoss):
+    """Open the closed gate that is nearest to its threshold, one at a time, and hold the open ones.
+
+    ``sum over closed of (100 + lambda_i m) + d + sum over open of lambda_i max(m - z_i + z_tau, 0)``, d the distance in logits of the nearest closed
+    gate. The first term has no gradient. It makes the loss fall whenever a gate opens, though the next gate is further away than that one
+    was; without it, a descent that returns to its lowest loss would return to the moment before.
+
+    Args:
+        margin: m, how far beyond its threshold a gate is held, in logits.
+    """
+
+    def __init__(self, margin: float = 0.5) -> None:
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"margin must be finite and at least 0, got {margin}")
+        self.margin = float(margin)
+
+    def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
+        """Distance of the nearest closed gate, shortfall of the open ones and a constant per closed one, shape (B,), float64."""
+        # In float64: beside a hundred per closed gate, float32 would not see a step's progress.
+        beyond, cost = gate_margin(table).double(), weights.double()
+        closed = beyond < 0
+        nearest = torch.where(closed, -beyond, torch.inf).amin(1)
+        nearest = torch.where(closed.any(1), nearest, torch.zeros_like(nearest))
+        each = torch.where(closed, 100 + cost * self.margin, cost * torch.relu(self.margin - beyond))
+        return nearest + each.sum(1)
+
+
+class UniformExitsLoss(OutputLoss):
+    """DeepSloth: cross entropy of every exit but the last against the uniform distribution (Hong et al., ICLR 2021).
+
+    Raises:
+        ValueError: on use, if the network has no exits.
+    """
+
+    def of(self, output: DynamicOutput, table: GateTable, weights: Tensor) -> Tensor:
+        """Sum over exits of the mean over classes of -log softmax, shape (B,)."""
+        if output.exits is None:
+            raise ValueError("DeepSloth attacks early exits, and this network returns none; use an attack on gates")
+        early = output.exits[:, :-1]
+        # In float32 or better, also under autocast.
+        return -(early if early.dtype == torch.float64 else early.float()).log_softmax(2).mean(2).sum(1)
+
+
+SMALLEST = 1e-30
+"""Scores below it count as it: about -69 in logits."""
+
+
+def gate_margin(table: GateTable) -> Tensor:
+    """Distance of each score beyond its threshold in logits, (B, N); 0 or more means open."""
+    score = table.score
+    # The value is clamped, the slope stays: a clamp's own gradient is zero exactly where firmly closed gates are.
+    score = score + (score.clamp(SMALLEST, 1 - 1e-6) - score).detach()
+    return torch.log(score) - torch.log1p(-score) - torch.logit(table.threshold)
+
+
+def per_unit(values: Sequence[float], table: GateTable, argument: str) -> Tensor:
+    """``values`` as a row for the gates of ``table``, (N,)."""
+    if len(values) != table.score.shape[1]:
+        raise ValueError(f"{argument} holds {len(values)} values for a network of {table.score.shape[1]} units; give one per unit")
+    return torch.tensor(values, dtype=table.score.dtype, device=table.score.device)

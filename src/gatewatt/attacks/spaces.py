@@ -6,6 +6,7 @@ network's graph is the only one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -76,18 +77,83 @@ class ProjectionSpace(Space):
         return (anchor + delta).clamp(0, 1) - anchor
 
 
-class LinfBall(ProjectionSpace):
-    """:class:`ProjectionSpace` within ``eps`` of every pixel, on the [0, 1] scale.
+class Ball(ProjectionSpace):
+    """:class:`ProjectionSpace` within a ball around the images.
 
     Args:
-        eps: radius, positive; 4/255 and 8/255 are usual.
+        eps: radius on the [0, 1] scale, positive.
     """
 
-    def __init__(self, eps: float = 8 / 255) -> None:
-        if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps}")
+    def __init__(self, eps: float) -> None:
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be finite and positive, a radius on the [0, 1] scale, got {eps}")
         self.eps = float(eps)
 
+    @abstractmethod
+    def ball(self, delta: Tensor) -> Tensor:
+        """The point of the ball that is nearest to ``delta`` (B, 3, H, W)."""
+
+    @abstractmethod
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of norm 1 that descends fastest, per image; zeros where there is no gradient."""
+
+    @abstractmethod
+    def within(self, noise: Tensor) -> Tensor:
+        """A point of the ball from uniform ``noise`` in [0, 1) (B, 3, H, W): where a descent may start."""
+
     def restrict(self, anchor: Tensor, delta: Tensor) -> Tensor:
-        """Clip to the ball, then to valid images."""
-        return super().restrict(anchor, delta.clamp(-self.eps, self.eps))
+        """Bring ``delta`` into the ball, then to valid images."""
+        return super().restrict(anchor, self.ball(delta))
+
+
+class LinfBall(Ball):
+    """Within ``eps`` of every pixel; 4/255 and 8/255 are usual."""
+
+    def __init__(self, eps: float = 8 / 255) -> None:
+        super().__init__(eps)
+
+    def ball(self, delta: Tensor) -> Tensor:
+        """Clip every pixel."""
+        return delta.clamp(-self.eps, self.eps)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Minus the sign."""
+        return -gradient.sign()
+
+    def within(self, noise: Tensor) -> Tensor:
+        """Uniform in the ball."""
+        return self.eps * (2 * noise - 1)
+
+
+class L2Ball(Ball):
+    """Within Euclidean distance ``eps`` of the image as a vector of 3HW pixels; 0.5 and 1 are usual at 32x32."""
+
+    def __init__(self, eps: float = 0.5) -> None:
+        super().__init__(eps)
+
+    def ball(self, delta: Tensor) -> Tensor:
+        """Shrink what is too long."""
+        return delta * (self.eps / image_norm(delta).clamp_min(self.eps))
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Minus the unit vector."""
+        return -unit_length(gradient)
+
+    def within(self, noise: Tensor) -> Tensor:
+        """A direction by chance, as far as the surface: in thousands of dimensions nearly all of a ball is there."""
+        return self.eps * unit_length(torch.special.ndtri(noise.clamp(1e-6, 1 - 1e-6)))
+
+
+def image_norm(tensor: Tensor) -> Tensor:
+    """Euclidean norm of each image of (B, 3, H, W), shape (B, 1, 1, 1)."""
+    return tensor.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def unit_length(tensor: Tensor) -> Tensor:
+    """Each image of (B, 3, H, W) scaled to Euclidean norm 1; zeros stay zeros.
+
+    Gradients of deep gates can be below 1e-20, whose square float32 cannot hold: the largest value is scaled to 1 before anything is squared.
+    """
+    scaled = tensor / tensor.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
+    # At least 1 where there is a value; what is below the smallest normal number counts as nothing.
+    return scaled / image_norm(scaled).clamp_min(0.5)

@@ -1,14 +1,15 @@
-"""Published attacks by name.
+"""Published attacks by name: what each is made of.
 
-GradMDM and its ablations (Pan et al., TPAMI 2023, Tables 4 and 9). The ablations differ from GradMDM in loss and direction alone.
+GradMDM and its ablations (Pan et al., TPAMI 2023, Tables 4 and 9), which differ from it in loss and direction alone; its predecessor GradAuto; ILFO.
+DeepSloth has a loop of its own (:mod:`gatewatt.attacks.deepsloth`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from gatewatt.attacks.directions import ComplexityOnly, ConflictMasking, Direction, Joint
+from gatewatt.attacks.directions import ComplexityOnly, ConflictMasking, Direction, Joint, UnitLength
 from gatewatt.attacks.loop import EnergyAttack
 from gatewatt.attacks.losses import ComplexityLoss, GateLoss, PowerLoss
 from gatewatt.attacks.spaces import Space
@@ -28,11 +29,12 @@ class GradMDM(EnergyAttack):
         space: where the perturbation lives.
         keep: ``last`` (the paper) or ``best`` iterate by true FLOPs.
         decision: attack through this decision instead of the network's own.
+        prediction_weight: see :class:`~gatewatt.attacks.EnergyAttack`; positive for the variant that keeps the prediction.
     """
 
     def __init__(
         self,
-        alpha: float = 4.0,
+        alpha: float | Sequence[float] = 4.0,
         *,
         gamma: float = 100.0,
         steps: int = 100,
@@ -41,6 +43,7 @@ class GradMDM(EnergyAttack):
         space: Space | None = None,
         keep: Literal["last", "best"] = "last",
         decision: Literal["straight_through", "hard"] | None = None,
+        prediction_weight: float = 0.0,
     ) -> None:
         super().__init__(
             PowerLoss(alpha),
@@ -52,7 +55,68 @@ class GradMDM(EnergyAttack):
             lr=lr,
             keep=keep,
             decision=decision,
+            prediction_weight=prediction_weight,
         )
+
+
+class ILFO(EnergyAttack):
+    """Eq. 6 with preset thresholds, 300 steps (Haque et al., CVPR 2020): a reconstruction.
+
+    No code was published and its constants cannot be recovered; GradMDM's authors describe it as their Eq. 6 with a preset threshold per gate.
+    Optimiser, parametrisation and penalty are therefore GradMDM's.
+
+    Args:
+        thresholds: level to raise each unit's score to, one per unit; None for each gate's own threshold.
+        gamma: weight of the squared error.
+        steps: iterations.
+        lr: Adam's learning rate.
+        keep: ``last`` or ``best`` iterate.
+        decision: attack through this decision instead of the network's own.
+    """
+
+    def __init__(
+        self,
+        thresholds: Sequence[float] | None = None,
+        *,
+        gamma: float = 100.0,
+        steps: int = 300,
+        lr: float = 0.01,
+        keep: Literal["last", "best"] = "last",
+        decision: Literal["straight_through", "hard"] | None = None,
+    ) -> None:
+        loss = ComplexityLoss(thresholds)
+        super().__init__(loss, ComplexityOnly(), gamma=gamma, steps=steps, warmup=0.0, lr=lr, keep=keep, decision=decision)
+
+
+class GradAuto(EnergyAttack):
+    """GradMDM's predecessor: Eq. 6 with masking at the input, the masked gradient scaled to length 1 (Pan et al., ECCV 2022).
+
+    As in its release, Adam takes 300 steps without a warm-up and the scaled gradient is weighed ``strength`` times the number of values 3HW
+    against the summed squared error; divided by 3HW that is a mean squared error with weight ``1 / strength``. The release's tanh map, which
+    is no identity at the start and leaves [0, 1], is replaced by :class:`~gatewatt.attacks.TanhSpace`, and its units are weighed by their cost.
+
+    Args:
+        strength: K, weight of the gates; 1 in the release, whose squared error is in standardised units.
+        steps: iterations.
+        lr: Adam's learning rate.
+        keep: ``last`` or ``best`` iterate.
+        decision: attack through this decision instead of the network's own.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        *,
+        steps: int = 300,
+        lr: float = 0.01,
+        keep: Literal["last", "best"] = "last",
+        decision: Literal["straight_through", "hard"] | None = None,
+    ) -> None:
+        if not strength > 0:
+            raise ValueError(f"strength must be positive, got {strength}")
+        loss, direction = ComplexityLoss(), UnitLength(ConflictMasking())
+        super().__init__(loss, direction, gamma=1 / strength, steps=steps, warmup=0.0, lr=lr, keep=keep, decision=decision)
+        self.strength = strength
 
 
 ABLATIONS: dict[str, tuple[Callable[[], GateLoss], Callable[[], Direction]]] = {

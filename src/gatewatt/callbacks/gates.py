@@ -15,21 +15,24 @@ class GateReport(L.Callback):
     """Print, for every gate, how often it opened, its price, and the FLOPs of its modules by two routes.
 
     The ledger's figure is the gate's usage times its price; the hooks' figure adds up the rows that really entered its modules. They come
-    from the clean passes of the last validation or test, which really skip, and must be equal; a difference is an error.
+    from the clean passes of the last validation or test, which really skip, and must be equal; a difference is an error. Of a network that
+    cannot skip, hooks see every module run for every image, so there is nothing to compare and the table says so.
     """
 
     def __init__(self) -> None:
         self.rows: list[list[str]] = []
         self.title = ""
+        self.skipped = True
 
     def collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gather the figures over all processes.
 
         Raises:
-            RuntimeError: if ledger and hooks disagree.
+            RuntimeError: if ledger and hooks disagree on passes that really skipped.
         """
         assert isinstance(pl_module, NetworkTask)
         evaluation, ledger = pl_module.evaluation, pl_module.ledger
+        self.skipped = evaluation.execution == "skipped"
         usage = evaluation.usage.compute().cpu()
         images = int(reduced(trainer, evaluation.meter.images))
         hooked = {module: reduced(trainer, flops) for module, flops in evaluation.meter.flops.items()}
@@ -38,7 +41,7 @@ class GateReport(L.Callback):
         for gate, metric in evaluation.per_gate.items():
             modules = [charge.module for charge in ledger.charges if charge.gates[-1] == gate]
             charged, ran = metric.compute().item(), sum(hooked[module] for module in modules) / images
-            if charged != ran:
+            if self.skipped and charged != ran:
                 raise RuntimeError(f"gate {gate!r}: the ledger charges {charged:.2f} MACs per image, hooks saw {ran:.2f} run")
             price, rate = sum(ledger.prices[module] for module in modules), float(rates[gate].mean())
             self.rows.append([gate, mflops(price), percent(rate), mflops(charged), mflops(ran)])
@@ -50,8 +53,11 @@ class GateReport(L.Callback):
     def show(self, trainer: L.Trainer) -> None:
         """Print the table once, by the first process."""
         if trainer.is_global_zero and self.rows:
-            columns = ["gate", "price", "open", "ledger, per image", "hooks, per image"]
-            print_table(self.title, columns, self.rows, caption="1 MAC = 1 FLOP; FLOPs of convolutions and linear layers, by fvcore.")
+            columns = ["gate", "price", "open", "ledger, per image", "hooks, per image" if self.skipped else "hooks, nothing skipped"]
+            caption = "1 MAC = 1 FLOP; FLOPs of convolutions and linear layers, by fvcore."
+            if not self.skipped:
+                caption += " The network cannot skip: all of it ran, and the ledger alone says what its gates would leave out."
+            print_table(self.title, columns, self.rows, caption=caption)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gather after every validation but the sanity check."""

@@ -8,10 +8,11 @@ import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documenta
 import torch
 from torch import Tensor
 
-from gatewatt.attacks import EnergyAttack, GradMDM
+from gatewatt.attacks import Attack, GradMDM
 from gatewatt.callbacks.console import mflops, percent, print_table
 from gatewatt.data.batch import Batch
 from gatewatt.data.loader import evaluated_ids
+from gatewatt.gating import measuring_execution
 from gatewatt.metrics import MeanFlops, RecoveryPercent
 from gatewatt.metrics.distortion import mse_levels2, round_to_8bit
 from gatewatt.metrics.record import psnr_of_mse
@@ -36,7 +37,7 @@ class RecoveryCallback(L.Callback):
         ValueError: if ``images`` or ``every`` is below 1.
     """
 
-    def __init__(self, attack: EnergyAttack | None = None, *, images: int = 128, every: int = 1) -> None:
+    def __init__(self, attack: Attack | None = None, *, images: int = 128, every: int = 1) -> None:
         if images < 1 or every < 1:
             raise ValueError(f"images and every must be at least 1, got {images} and {every}")
         self.attack, self.images, self.every = attack or GradMDM(), images, every
@@ -68,10 +69,11 @@ class RecoveryCallback(L.Callback):
             return
         images, labels = batch.images[chosen], batch.labels[chosen]
         network, ledger = pl_module.network, pl_module.ledger
+        execution = measuring_execution(network)
         adversarial = self.attack(network, images, labels, ledger=ledger).images
         with full_precision(), torch.no_grad():
             clean, attacked, rounded = (
-                ledger(network(version.contiguous(memory_format=pl_module.memory_format), "skipped").gates)
+                ledger(network(version.contiguous(memory_format=pl_module.memory_format), execution).gates)
                 for version in (images, adversarial, round_to_8bit(adversarial))
             )
         self.recovery.update(clean, attacked, ledger.dense)

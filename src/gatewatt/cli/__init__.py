@@ -40,7 +40,14 @@ _RECIPES = """\
 """
 
 HELP = {
-    "fit": Help("train or defend a network", "fit -c RECIPE [--KEY VALUE ...]", _RECIPES + "  --ckpt_path FILE   resume a run\n"),
+    "fit": Help(
+        "train or defend a network",
+        "fit -c RECIPE [--KEY VALUE ...]",
+        _RECIPES
+        + "  --resume auto      keep to runs/NAME and go on from its last checkpoint: the same command starts and resumes\n"
+        + "  --ckpt_path FILE   resume from a checkpoint, in a run folder of its own\n"
+        + "  Ctrl+C or SIGTERM: saves, prints the command that resumes, exit code 130 or 143.\n",
+    ),
     "validate": Help("validate a network on clean images", "validate -c RECIPE [--KEY VALUE ...]", _RECIPES),
     "test": Help("test or attack a network and write summary.json", "test -c RECIPE [--KEY VALUE ...]", _RECIPES),
     "predict": Help("attack images and write them as PNG files", "predict -c RECIPE [--KEY VALUE ...]", _RECIPES),
@@ -71,6 +78,12 @@ HELP = {
         "  --formats LIST     of the figures: png, svg or png,svg\n"
         "  --no-figures       tables only\n",
     ),
+    "completion": Help(
+        "print a script that completes commands in a shell",
+        "completion bash|zsh|fish",
+        '  In ~/.bashrc or ~/.zshrc:          eval "$(gatewatt completion bash)" (or zsh)\n'
+        "  In ~/.config/fish/config.fish:     gatewatt completion fish | source\n",
+    ),
 }
 
 
@@ -81,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; that of the process by default.
 
     Returns:
-        Exit code: 0, 1 (an audit failed), 2 (one line on stderr says what is wrong), 130 or 143 (interrupted or terminated).
+        Exit code: 0, 1 (an audit failed, or the disk took no more), 2 (one line on stderr says what is wrong), 130 or 143 (interrupted or
+        terminated).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if os.environ.get("GATEWATT_TRACEBACK") == "1":
@@ -109,8 +123,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = explain(error, recipe)
         if line is None:
             raise
-        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
-        return 2
+        rank = process_rank()
+        if rank == 0:
+            print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+        elif recipe.running and not getattr(error, "alike", False):
+            # What every process meets alike is said once, by the first.
+            print(f"{PROGRAM}: error in process {rank}: {line}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+def process_rank() -> int:
+    """Which of several processes this is, by what those that start processes leave in the environment; 0 where it is alone."""
+    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(variable, "").isdecimal():
+            return int(os.environ[variable])
+    return 0
 
 
 def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
@@ -129,8 +156,11 @@ def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
         return 0
     if verb == "report":
         return render(rest)
+    if verb == "completion":
+        return complete(rest)
     names, rest = split_recipes(rest)
     recipe = Recipe() if recipe is None else recipe
+    recipe.flags, recipe.command = rest, list(arguments)
     loaded = load_recipes(names)
     recipe.settings, recipe.origins, recipe.files = loaded.settings, loaded.origins, loaded.files
     # Before the imports, some of which warn.
@@ -187,6 +217,16 @@ def render(arguments: Sequence[str]) -> int:
     return 0
 
 
+def complete(arguments: Sequence[str]) -> int:
+    """Run ``completion``."""
+    from gatewatt.cli.completion import SHELLS, script
+
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        raise UsageError(f"completion needs one of {', '.join(SHELLS)}, such as: gatewatt completion bash")
+    print(script(arguments[0], {verb: entry.line for verb, entry in HELP.items()}), end="")
+    return 0
+
+
 def installed_version() -> str:
     """The version of the package, also where it runs from a source tree that was never installed."""
     from importlib.metadata import PackageNotFoundError, version
@@ -201,6 +241,6 @@ def overview() -> str:
     """The short help of the whole command."""
     purpose = "Train, attack and defend networks that decide per image what to compute, and count what really ran."
     lines = [f"usage: {PROGRAM} VERB ...", "", purpose, ""]
-    lines += [f"  {verb:<10}{entry.line}" for verb, entry in HELP.items()]
+    lines += [f"  {verb:<12}{entry.line}" for verb, entry in HELP.items()]
     lines += ["", f"  {PROGRAM} VERB --help    a verb's options", f"  {PROGRAM} --version", "", f"First steps: {PROGRAM} fit -c quickstart"]
     return "\n".join(lines)

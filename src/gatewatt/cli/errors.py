@@ -6,10 +6,11 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from gatewatt.recipes import Key, Origin, Recipe, RecipeError
+from gatewatt.recipes import Key, Recipe, RecipeError
 
 LONGEST = 400  # characters of one line
 _EXPECTED = (
@@ -17,7 +18,7 @@ _EXPECTED = (
     ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
     ("gatewatt.flops", "UnpricedOperator"),
 )
-GROUPS = ("model", "data", "trainer", "seed_everything", "run", "ckpt_path")
+GROUPS = ("model", "data", "trainer", "seed_everything", "run", "resume", "ckpt_path")
 _SHELL = ("Does not validate against any", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
 
 
@@ -35,6 +36,20 @@ class Complaint(NamedTuple):
     given: bool
 
 
+class Leaf(NamedTuple):
+    """One plain value, from a recipe or from the command line.
+
+    Attributes:
+        key: its path, as the recipe or the flag writes it.
+        value: the value.
+        place: what an error opens with: file, line and key, or the flag.
+    """
+
+    key: Key
+    value: Any
+    place: str
+
+
 def explain(error: Exception, recipe: Recipe) -> str | None:
     """One line for an error that the user can mend, or None for one that is a fault of gatewatt.
 
@@ -44,11 +59,17 @@ def explain(error: Exception, recipe: Recipe) -> str | None:
     """
     if isinstance(error, RecipeError):
         return one_line(str(error))
+    if hasattr(error, "exit_code"):
+        # Already a line of its own, and one that holds a command to be copied.
+        return str(error)
     if not isinstance(error, expected()):
         return None
     complaint = condense(str(error) or type(error).__name__)
     if complaint.key:
         key = ".".join(complaint.key)
+        flag = None if complaint.given else responsible(complaint, recipe.flags)
+        if flag is not None:
+            return one_line(f"{flag}: {complaint.message}")
         origin = None if complaint.given else recipe.origin(key)
         # jsonargparse leaves out which entry of a list it speaks of.
         entries = [path for path in recipe.origins if tuple(part for part in path if not part.isdecimal()) == complaint.key]
@@ -59,10 +80,12 @@ def explain(error: Exception, recipe: Recipe) -> str | None:
         return one_line(complaint.message)
     suspect = blame(complaint.message, recipe, certain=recipe.running)
     if suspect is not None:
-        key, origin = suspect
         if "'NoneType'" in complaint.message:
-            return one_line(f"{origin}: {key}: must not be null")
-        return one_line(f"{origin}: {key}: {complaint.message.removeprefix(f'{key}: ')}")
+            return one_line(f"{suspect.place}: must not be null")
+        message = complaint.message
+        for key in (".".join(suspect.key), suspect.place):
+            message = message.removeprefix(f"{key}: ")
+        return one_line(f"{suspect.place}: {message}")
     return one_line(f"{recipe.files[-1]}: {complaint.message}" if recipe.files and not recipe.running else complaint.message)
 
 
@@ -165,28 +188,85 @@ def suggestion(class_path: str, name: str) -> str:
     return f"; did you mean {near[0]}?" if near else f"; its fields are {', '.join(fields)}" if len(fields) <= 20 else ""
 
 
-def blame(message: str, recipe: Recipe, *, certain: bool) -> tuple[str, Origin] | None:
-    """The one field of a recipe that a message speaks of, if it is clear which: by its name, its value, or both.
+def plain(key: Key) -> Key:
+    """A key path without what a flag may leave out: ``model.network.depth`` is ``model.init_args.network.init_args.depth``."""
+    return tuple(part for part in key if part not in ("init_args", "dict_kwargs") and not part.isdecimal())
+
+
+def flag_values(flags: Sequence[str]) -> Iterator[Leaf]:
+    """Every flag of a command line with its value.
+
+    Example:
+        >>> [leaf.value for leaf in flag_values(["--trainer.max_steps=3", "--model.network", "SkipNet", "--print_config"])]
+        [3, 'SkipNet', None]
+    """
+    for index, word in enumerate(flags):
+        if not word.startswith("--") or word == "--":
+            continue
+        name, _, text = word.partition("=")
+        following = flags[index + 1] if index + 1 < len(flags) else ""
+        if "=" not in word:
+            text = "" if following.startswith("--") else following
+        yield Leaf(tuple(name[2:].removesuffix("+").split(".")), read_value(text), name)
+
+
+def read_value(text: str) -> Any:
+    """A flag's text as the parser will read it: a number, true, false, null, or the text."""
+    words = {"true": True, "false": False, "null": None, "": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def responsible(complaint: Complaint, flags: Sequence[str]) -> str | None:
+    """The flag that gave the value a complaint is about, if one did."""
+    asked = plain(complaint.key)
+    for leaf in flag_values(flags):
+        key = plain(leaf.key)
+        # A recipe's own value of that key is checked first, so the flag's must be the one that is told.
+        if key == asked[: len(key)] and (leaf.value is None or str(leaf.value) in complaint.message):
+            return leaf.place
+    return None
+
+
+def in_force(recipe: Recipe) -> list[Leaf]:
+    """The values that a run was built from: those of the recipe, unless a flag replaces them, and those of the flags."""
+    flags = list(flag_values(recipe.flags))
+    replaced = [plain(leaf.key) for leaf in flags]
+    kept = [
+        Leaf(key, value, f"{recipe.origins[key]}: {'.'.join(key)}")
+        for key, value in leaves(recipe.settings)
+        if key in recipe.origins and not any(plain(key)[: len(path)] == path for path in replaced)
+    ]
+    return kept + flags
+
+
+def blame(message: str, recipe: Recipe, *, certain: bool) -> Leaf | None:
+    """The one value of a recipe or a flag that a message speaks of, if it is clear which: by its name, its value, or both.
 
     Args:
         message: what a constructor said, such as "depth must be 6n + 2, got 9".
-        recipe: the merged recipe.
+        recipe: the merged recipe, with the flags.
         certain: ask for name and value.
     """
     _, got, after = message.rpartition("got ")
     words, received = (re.findall(r"[\w.:/-]*\w", part) for part in (message, after if got else ""))
-    scores: dict[Key, int] = {}
-    for key, value in leaves(recipe.settings):
+    scored: list[tuple[int, Leaf]] = []
+    for leaf in in_force(recipe):
+        key, value = leaf.key, leaf.value
         # A message names its argument first and often explains with others, so a name in the first place counts double.
         named = (2 if words[:1] == [key[-1]] else 1) if key[-1] in words else 0
         assigned = f"{key[-1]}={value!r}" in message or ".".join(key) in words
         valued = mentioned(value, words, received)
         if assigned or (named and valued) or (not certain and (named or valued)):
-            scores[key] = named + 2 * valued + 4 * assigned
-    best = [key for key in scores if scores[key] == max(scores.values())]
-    if len(best) != 1 or best[0] not in recipe.origins:
-        return None
-    return ".".join(best[0]), recipe.origins[best[0]]
+            scored.append((named + 2 * valued + 4 * assigned, leaf))
+    best = [leaf for score, leaf in scored if score == max(score for score, _ in scored)]
+    return best[0] if len(best) == 1 else None
 
 
 def mentioned(value: Any, words: list[str], received: list[str]) -> bool:

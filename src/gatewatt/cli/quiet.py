@@ -22,6 +22,10 @@ WARNINGS = (
     r"The '\w+' does not have many workers",
     # The folder is the run's own; what lies in it is the recipe that was just written.
     r"(Experiment logs|Checkpoint) directory .* exists and is not empty",
+    # Pillow's warning of a bomb; the file is refused by name.
+    r"Image size \(\d+ pixels\) exceeds limit",
+    # A network that trains its exits alone keeps its trunk in eval mode, on purpose.
+    r"Found \d+ module\(s\) in eval mode at the start of training",
     # A resumed run writes to a folder of its own, on purpose.
     r"The dirpath has changed from",
 )

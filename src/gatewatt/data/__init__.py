@@ -2,6 +2,7 @@
 
 from gatewatt.data.batch import Batch, BatchKey, Images
 from gatewatt.data.cifar import CIFAR10Data, CIFAR100Data
+from gatewatt.data.cub import CubData
 from gatewatt.data.digits import DigitsData
 from gatewatt.data.folder import FileImages, FolderData, read_image
 from gatewatt.data.loader import BatchLoader
@@ -17,6 +18,7 @@ __all__ = [
     "BatchOrder",
     "CIFAR10Data",
     "CIFAR100Data",
+    "CubData",
     "DigitsData",
     "FileImages",
     "FolderData",

@@ -40,6 +40,12 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
+class TooFewBatches(ValueError):
+    """There are fewer batches than processes. Every process meets this alike, so one of them is enough to say so."""
+
+    alike = True
+
+
 # A DistributedSampler by type only: Lightning replaces the sampler of a loader on several processes by its own, which repeats images, unless it
 # finds this type. Nothing of the parent is used.
 class BatchOrder(DistributedSampler):
@@ -57,7 +63,8 @@ class BatchOrder(DistributedSampler):
             trained on them; None for none.
 
     Raises:
-        ValueError: on a batch size below 1; and, when iterated, if there are fewer batches than processes.
+        ValueError: on a batch size below 1.
+        TooFewBatches: when iterated, if there are fewer batches than processes.
 
     Example:
         >>> order = BatchOrder(torch.arange(5), 2)
@@ -85,7 +92,7 @@ class BatchOrder(DistributedSampler):
         images = len(self.indices)
         count = images // self.batch_size if self.shuffle else -(-images // self.batch_size)
         if count < world:
-            raise ValueError(
+            raise TooFewBatches(
                 f"batch_size {self.batch_size} makes {count} batches of {images} images, fewer than the {world} processes; "
                 f"use a smaller batch_size, more images or fewer processes"
             )

@@ -54,7 +54,10 @@ FREE = frozenset(
         "repeat rsqrt rsub scatter sigmoid silu softmax softplus sort sqrt std sub sum tanh tile topk triu tril upsample_bilinear2d "
         "upsample_nearest2d adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d var where expand_as logical_and logical_not logical_or "
         "bitwise_and bitwise_or unflatten broadcast_to alias lift_fresh scalar_tensor rand rand_like randn_like index_fill masked_select "
-        "repeat_interleave movedim concat feature_alpha_dropout log1p expm1 erf sign square norm linalg_vector_norm"
+        "amax amin one_hot view_as logsumexp index_put hardswish hardsigmoid relu6 mish celu selu log_sigmoid prelu glu instance_norm rms_norm "
+        "local_response_norm pixel_shuffle pixel_unshuffle unfold im2col flip scatter_add scatter_reduce var_mean std_mean max_pool1d avg_pool1d "
+        "adaptive_avg_pool1d upsample_bicubic2d grid_sampler zero fill isnan nan_to_num addcmul addcdiv logical_xor masked_scatter swapaxes "
+        "log2 exp2 sin cos atan2 repeat_interleave movedim concat feature_alpha_dropout log1p expm1 erf sign square norm linalg_vector_norm"
     ).split()
 )
 """Operators that cost nothing by convention: normalisation, activation, pooling, element-wise arithmetic, indexing. In-place forms are the same."""

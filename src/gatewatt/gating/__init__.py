@@ -13,10 +13,12 @@ from gatewatt.gating.gate import (
     PartlyRun,
     check_execution,
     gate_table,
+    measuring_execution,
     require_gates,
     split_output,
 )
 from gatewatt.gating.halting import HaltingState, accumulate, advance, go_on_score, start_halting
+from gatewatt.gating.hooks import GateHook, HookedNetwork
 from gatewatt.gating.images import check_finite, check_images, check_labels
 
 __all__ = [
@@ -29,8 +31,10 @@ __all__ = [
     "Execution",
     "Forced",
     "Gate",
+    "GateHook",
     "GateTable",
     "HaltingState",
+    "HookedNetwork",
     "PartlyRun",
     "accumulate",
     "advance",
@@ -44,6 +48,7 @@ __all__ = [
     "gate_table",
     "go_on_score",
     "hard",
+    "measuring_execution",
     "require_gates",
     "sampled",
     "split_output",

@@ -117,12 +117,14 @@ class DynamicNetwork(nn.Module, ABC):
     Attributes:
         charges: which gates multiply the price of which module.
         overhead: paths of the modules that only compute decisions; part of the fixed FLOPs, shown apart.
+        executions: those it supports; without ``skipped``, figures are the ledger's alone.
         arguments: what rebuilds the network, ``type(network)(**network.arguments)``; numbers, strings and None only.
         decision: how a score becomes a decision (:mod:`gatewatt.gating.decide`).
     """
 
     charges: tuple[Charge, ...] = ()
     overhead: tuple[str, ...] = ()
+    executions: tuple[Execution, ...] = EXECUTIONS
     arguments: dict[str, Any]
     decision: Decision
 
@@ -175,3 +177,8 @@ def check_execution(execution: str) -> None:
     """Raise unless ``execution`` is one of :data:`EXECUTIONS`."""
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+
+
+def measuring_execution(network: DynamicNetwork) -> Execution:
+    """How a network is measured: ``skipped`` if it can, so that other routes see what ran; else ``masked``, where the ledger alone tells."""
+    return "skipped" if "skipped" in network.executions else "masked"

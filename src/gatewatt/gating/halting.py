@@ -1,8 +1,9 @@
 """Adaptive computation time: units of an image (positions, tokens, or the image) that stop at different layers and average what they saw.
 
 Graves 2016; per position in SACT (Figurnov et al., CVPR 2017), per token in A-ViT (Yin et al., CVPR 2022). A unit adds up halting scores
-h_1, h_2, ... and stops after layer N, the first with h_1 + ... + h_N >= 1 - eps. Its output is the sum of its states weighted with h_l for
-l < N and with the remainder R = 1 - (h_1 + ... + h_{N-1}) for l = N; its ponder cost is N + R.
+h_1, h_2, ... and stops after layer N, the first with h_1 + ... + h_N > 1 - eps. Its output is the sum of its states weighted with h_l for
+l < N and with the remainder R = 1 - (h_1 + ... + h_{N-1}) for l = N; its ponder cost is N + R. (The papers also stop at equality; here a
+score on its threshold spends, as everywhere.)
 """
 
 from __future__ import annotations

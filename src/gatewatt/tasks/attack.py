@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gatewatt.attacks import EnergyAttack, GradMDM
+from gatewatt.attacks import Attack, GradMDM
 from gatewatt.data.batch import Batch
-from gatewatt.gating import DynamicNetwork, check_finite, gate_table
+from gatewatt.gating import DynamicNetwork, check_finite, gate_table, measuring_execution
 from gatewatt.metrics.distortion import linf_levels, mse_levels2, round_to_8bit
 from gatewatt.metrics.record import ImageRecord, image_records
 from gatewatt.tasks.base import NetworkTask
@@ -36,7 +36,8 @@ class Attacked(NamedTuple):
 class EnergyAttackEvaluation(NetworkTask):
     """Attack ``network`` and record every image: FLOPs, predictions and distortion, float and after rounding to 8 bits.
 
-    Figures are taken from a pass that really skips, in float32, whatever the precision the attack was crafted in. ``test`` keeps one
+    Figures are taken from a pass that really skips (a network that cannot is measured masked, by the ledger), in float32, whatever the
+    precision the attack was crafted in. ``test`` keeps one
     :class:`~gatewatt.metrics.record.ImageRecord` per image in ``rows``; ``predict`` returns the images.
 
     Args:
@@ -50,7 +51,7 @@ class EnergyAttackEvaluation(NetworkTask):
     def __init__(
         self,
         network: DynamicNetwork,
-        attack: EnergyAttack | None = None,
+        attack: Attack | None = None,
         *,
         source: DynamicNetwork | None = None,
         checkpoint: str | None = None,
@@ -83,9 +84,9 @@ class EnergyAttackEvaluation(NetworkTask):
         return Attacked(batch, clean, adversarial)
 
     def measure(self, images: Tensor) -> Measured:
-        """Run the target on images (B, 3, H, W) in [0, 1], really skipped, in float32."""
+        """Run the target on images (B, 3, H, W) in [0, 1], really skipped if it can, in float32."""
         with full_precision(), torch.no_grad():
-            output = self.network(images.to(self.device).contiguous(memory_format=self.memory_format), "skipped")
+            output = self.network(images.to(self.device).contiguous(memory_format=self.memory_format), measuring_execution(self.network))
         check_finite(output)
         return Measured(output.logits.argmax(1), self.ledger(output.gates), gate_table(output.gates).executed)
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from gatewatt.attacks import EnergyAttack, GradMDM
+from gatewatt.attacks import Attack, GradMDM
 from gatewatt.data.batch import Batch
 from gatewatt.gating import DynamicNetwork, split_output
 from gatewatt.objectives import EnergyAdversarialObjective
@@ -39,7 +39,7 @@ class EnergyAdversarialTraining(DynamicTraining):
     def __init__(
         self,
         network: DynamicNetwork,
-        attack: EnergyAttack | None = None,
+        attack: Attack | None = None,
         objective: EnergyAdversarialObjective | None = None,
         optimization: Optimization | None = None,
         *,
@@ -54,7 +54,8 @@ class EnergyAdversarialTraining(DynamicTraining):
         self.attack = attack or GradMDM(steps=3, warmup=0.0, lr=0.03)
         self.adversarial_objective, self.warmup_epochs = both_halves, warmup_epochs
         # Part of the checkpoint, so that a resumed run distils the same parent.
-        self.parent = copy.deepcopy(self.network).requires_grad_(False)
+        # In eval mode from the start: a run that is resumed in the middle of an epoch never meets the epoch's beginning.
+        self.parent = copy.deepcopy(self.network).requires_grad_(False).eval()
         self.register_buffer("parent_taken", torch.tensor(False))
 
     def on_train_epoch_start(self) -> None:

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from gatewatt.data.batch import Batch
 from gatewatt.flops import ExecutionMeter, FlopsLedger
-from gatewatt.gating import DynamicNetwork, DynamicOutput, check_finite, check_images, check_labels
+from gatewatt.gating import DynamicNetwork, DynamicOutput, check_finite, check_images, check_labels, measuring_execution
 from gatewatt.metrics import GateUsage, MeanFlops
 
 
@@ -35,7 +35,7 @@ def check_batch(batch: Batch, num_classes: int) -> None:
 
 
 class CleanEvaluation(nn.Module):
-    """Running figures of a network on clean images, really skipped, in float32.
+    """Running figures of a network on clean images, really skipped if it can (:func:`~gatewatt.gating.measuring_execution`), in float32.
 
     Args:
         network: the network to measure; it is not registered as a submodule.
@@ -46,7 +46,7 @@ class CleanEvaluation(nn.Module):
     def __init__(self, network: DynamicNetwork, ledger: FlopsLedger, num_classes: int) -> None:
         super().__init__()
         self._network = (network,)  # a tuple hides it from nn.Module: its parameters belong to the task
-        self.ledger, self.num_classes = ledger, num_classes
+        self.ledger, self.num_classes, self.execution = ledger, num_classes, measuring_execution(network)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.flops, self.usage = MeanFlops(), GateUsage(sum(ledger.units.values()))
         self.charged = nn.ModuleList([MeanFlops() for _ in ledger.units])  # one per gate, in the ledger's order
@@ -60,7 +60,7 @@ class CleanEvaluation(nn.Module):
         """
         check_batch(batch, self.num_classes)
         with full_precision(), torch.no_grad(), self.meter:
-            output = self._network[0](batch.images, "skipped")
+            output = self._network[0](batch.images, self.execution)
         check_finite(output)
         flops = self.ledger(output.gates)
         self.accuracy.update(output.logits, batch.labels)

@@ -58,8 +58,10 @@ class DynamicTraining(NetworkTask):
         return self.optimization.configure(self.network.parameters(), int(self.trainer.estimated_stepping_batches))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Tell the objective how far the run is, and make the step's randomness a function of (seed, step, process), so that a resumed run
-        draws what an uninterrupted one would."""
+        """Tell the objective how far the run is, and seed the step.
+
+        Its randomness is a function of (seed, step, process), so that a resumed run draws what an uninterrupted one would.
+        """
         self.objective.progress = self.global_step / self.trainer.estimated_stepping_batches
         seed = os.environ.get("PL_GLOBAL_SEED", "0")  # where Lightning's seed_everything leaves it
         torch.manual_seed(generator("step", seed, self.global_step, self.global_rank).initial_seed())

@@ -1,0 +1,70 @@
+"""Row 16: quick answers, and a test suite that needs no network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.promises.base import ROOT, Outcome, environment, gatewatt, tally
+
+QUICK = ("--help", "--version", "fit --help", "test --help", "completion bash", "report --help", "price --help")
+FEW = ("tests/recipes/test_merging.py", "tests/recipes/test_finding.py", "tests/cli/test_command.py")
+
+
+def offline(count: int, folder: Path) -> Outcome:
+    """Quick answers under 1 s without torch, the full help under 8 s; the tests with the network off (a few of them if ``count`` is below 100)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[str | None] = []
+    slowest = 0.0
+    for line in QUICK:
+        seconds = cold(line.split(), folder)
+        slowest = max(slowest, seconds)
+        results += [f"gatewatt {line}: {seconds:.2f} s" if seconds >= 1 else None, imports(line.split())]
+    full = cold(["fit", "--help-all"], folder)
+    results.append(f"gatewatt fit --help-all: {full:.1f} s" if full >= 8 else None)
+    note = f"slowest quick answer {slowest:.2f} s, fit --help-all {full:.1f} s"
+    apart = isolation()
+    if apart is None:
+        return tally(results, f"{note}; tests without network not measured: no network namespace")
+    what = ["src", "tests"] if count >= 100 else list(FEW)
+    # Two processes talk to each other in some tests, so this machine's own address stays up.
+    inner = ["sh", "-c", 'ip link set lo up; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [*apart, *inner, *(["-n", "2"] if count >= 100 else []), f"--basetemp={folder / 'pytest'}", *what]
+    changes = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    answer = subprocess.run(command, cwd=ROOT, env=changes, capture_output=True, text=True, timeout=7200, check=False)
+    summary = answer.stdout.strip().splitlines()[-1] if answer.stdout.strip() else answer.stderr[-300:]
+    results.append(None if answer.returncode == 0 else f"tests without network: {summary}")
+    passed = re.search(r"\d+ passed", summary)
+    return tally(results, f"{note}; {passed[0] if passed else summary} with the network off")
+
+
+def cold(arguments: list[str], folder: Path) -> float:
+    """Seconds of a command, the median of three."""
+    times = []
+    for _ in range(3):
+        begun = time.monotonic()
+        answer = gatewatt(arguments, folder)
+        times.append(time.monotonic() - begun)
+        assert answer.returncode == 0, answer.stderr
+    return statistics.median(times)
+
+
+def imports(arguments: list[str]) -> str | None:
+    """Whether a quick answer waits for torch."""
+    script = f"import sys\nfrom gatewatt.cli import main\nmain({arguments!r})\nsys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, check=False)
+    return f"gatewatt {' '.join(arguments)} imports torch" if answer.returncode else None
+
+
+def isolation() -> list[str] | None:
+    """The command in front of another that takes its network away, or None where the system grants none."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        return None
+    command = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
+    return command if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0 else None

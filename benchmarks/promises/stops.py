@@ -1,0 +1,183 @@
+"""Row 5: a run that is asked to stop, or whose disk takes no more, keeps its last good checkpoint, says so, and ends with the right code."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.promises.base import NotMeasured, Outcome, complaints, differences, environment, finish, start, tally
+from benchmarks.promises.resume import prepare
+
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def stops(count: int, folder: Path) -> Outcome:
+    """SIGTERM and SIGINT ``count`` times each at random moments, then a full disk, a read-only one, and a temporary folder on another one."""
+    prepare(folder)
+    results = [stopped(number, index, folder) for index in range(count) for number in SIGNALS]
+    try:
+        results += disks(folder)
+        note = f"{len(SIGNALS) * count} signals; a full disk, a read-only disk and a full temporary folder on file systems made for it"
+    except NotMeasured as reason:
+        note = f"{len(SIGNALS) * count} signals; disks not measured: {reason}"
+    return tally(results, note)
+
+
+def stopped(number: signal.Signals, index: int, folder: Path) -> str | None:
+    """Send one signal in the middle of training, and resume with the command that is printed."""
+    name, chance = f"{number.name.lower()}-{index}", random.Random(f"{number.name} {index}")
+    for attempt in range(20):
+        run, log = folder / "runs" / f"{name}-{attempt}", folder / f"{name}-{attempt}.log"
+        process = start(["fit", "-c", "small.yaml", "--run", run.name, "--resume", "auto"], folder, log)
+        while not (run / "metrics.jsonl").exists() and process.exitcode is None:
+            time.sleep(0.01)
+        process.join(chance.uniform(0, 1))
+        if process.exitcode is not None:
+            continue  # it was over before it could be stopped
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(300)
+        if process.exitcode == 0 and (run / "result.json").exists():
+            continue  # the last step was done already
+        if process.exitcode != SIGNALS[number]:
+            return f"{name}: exit code {process.exitcode}, expected {SIGNALS[number]}"
+        if not (run / "interrupted.ckpt").exists() or "resume with: gatewatt fit" not in log.read_text():
+            return f"{name}: nothing was saved, or it was not said how to resume"
+        code = finish(["fit", "-c", "small.yaml", "--run", run.name, "--resume", "auto"], folder, log)
+        found = differences(folder / "runs" / "whole", run) if code == 0 else [f"exit code {code} of the resumed run"]
+        return f"{name}: {'; '.join(found)}" if found else None
+    return f"{name}: never met the run at work"
+
+
+def disks(folder: Path) -> list[str | None]:
+    """The cases that need file systems of their own, in a mount namespace that ends with them.
+
+    Raises:
+        NotMeasured: where the system grants none.
+    """
+    if shutil.which("unshare") is None:
+        raise NotMeasured("there is no command unshare")
+    rights = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*rights, "true"], capture_output=True, check=False).returncode != 0:
+        raise NotMeasured("this system grants no mount namespace")
+    command = [*rights, sys.executable, "-m", "benchmarks.promises.stops", str(folder.resolve())]
+    answer = subprocess.run(command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=900, check=False)
+    if answer.returncode != 0:
+        raise RuntimeError(f"the cases of full and read-only disks: {answer.stderr[-2000:]}")
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def mounted(folder: Path, megabytes: int) -> Path:
+    """A small file system in memory."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=True)
+    return folder
+
+
+def at_work(arguments: list[str], place: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start the command in ``place`` and wait until it has written its first checkpoint."""
+    stream = log.open("wb")
+    process = subprocess.Popen([sys.executable, "-m", "gatewatt", *arguments], cwd=place, env=environment(), stdout=stream, stderr=stream)
+    deadline = time.monotonic() + 300
+    while not list(place.rglob("last.ckpt")):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the run never wrote a checkpoint: {log.read_text()[-1000:]}")
+        time.sleep(0.01)
+    return process
+
+
+def fill(place: Path) -> Path:
+    """Leave no byte of a file system free."""
+    filler = place / "filler"
+    with filler.open("wb", buffering=0) as stream:
+        for block in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    stream.write(b"\0" * block)
+            except OSError:
+                continue
+    return filler
+
+
+def inside(folder: Path) -> list[str | None]:
+    """All cases, within the namespace."""
+    # Long enough to be at work when the disk is full.
+    recipe = (folder / "small.yaml").read_text().replace("max_epochs: 3", "max_epochs: 12").replace("every: 2", "every: 1")
+    arguments = ["fit", "-c", "long.yaml", "--run", "full", "--resume", "auto", "--trainer.logger", "false"]
+    whole = folder / "long"
+    whole.mkdir()
+    (whole / "long.yaml").write_text(recipe)
+    subprocess.run([sys.executable, "-m", "gatewatt", *arguments], cwd=whole, env=environment(), capture_output=True, check=True)
+    return [full(folder, recipe, arguments), readonly(folder, recipe, arguments), elsewhere(folder)]
+
+
+def full(folder: Path, recipe: str, arguments: list[str]) -> str | None:
+    """A disk that fills up in the middle of training."""
+    place, log = mounted(folder / "full-disk", 8), folder / "full.log"
+    (place / "long.yaml").write_text(recipe)
+    process = at_work(arguments, place, log)
+    filler = fill(place)
+    code = process.wait(300)
+    wrong = answered(code, log, "No space left on device")
+    filler.unlink()
+    return f"full disk: {wrong}" if wrong else continued(arguments, place, folder, "full disk")
+
+
+def readonly(folder: Path, recipe: str, arguments: list[str]) -> str | None:
+    """A disk that becomes read-only in the middle of training."""
+    place, log = mounted(folder / "read-only-disk", 8), folder / "read-only.log"
+    (place / "long.yaml").write_text(recipe)
+    process = at_work(arguments, place, log)
+    # Busy while a file is being written.
+    while subprocess.run(["mount", "-o", "remount,ro", str(place)], capture_output=True, check=False).returncode != 0:
+        if process.poll() is not None:
+            return "read-only disk: the run was over before"
+        time.sleep(0.002)
+    code = process.wait(300)
+    wrong = answered(code, log, "Read-only file system")
+    subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+    return f"read-only disk: {wrong}" if wrong else continued(arguments, place, folder, "read-only disk")
+
+
+def answered(code: int, log: Path, reason: str) -> str | None:
+    """What is wrong with the end of a run whose disk took no more, or None."""
+    lines = complaints(log)
+    if code != 1:
+        return f"exit code {code}, expected 1: {log.read_text()[-500:]}"
+    if len(lines) != 1 or reason not in lines[0] or "the last good checkpoint is" not in lines[0]:
+        return f"expected one line with the reason and the last good checkpoint, got {lines}"
+    if "Traceback" in log.read_text():
+        return "there is a traceback"
+    return None
+
+
+def continued(arguments: list[str], place: Path, folder: Path, what: str) -> str | None:
+    """Resume with room to write, and compare with the run whose disk had it."""
+    log = folder / f"{what} again.log"
+    with log.open("wb") as stream:
+        code = subprocess.run([sys.executable, "-m", "gatewatt", *arguments], cwd=place, env=environment(), stdout=stream, stderr=stream).returncode
+    found = differences(folder / "long" / "runs" / "full", place / "runs" / "full") if code == 0 else [f"exit code {code}: {log.read_text()[-500:]}"]
+    return f"{what}, resumed: {'; '.join(found)}" if found else None
+
+
+def elsewhere(folder: Path) -> str | None:
+    """A temporary folder on another disk that has no room at all: checkpoints never pass through it."""
+    place = mounted(folder / "other-disk", 1)
+    fill(place)
+    arguments = ["fit", "-c", "small.yaml", "--run", "elsewhere"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "gatewatt", *arguments], cwd=folder, env=environment(TMPDIR=str(place)), capture_output=True, text=True, check=False
+    )
+    found = differences(folder / "runs" / "whole", folder / "runs" / "elsewhere") if answer.returncode == 0 else [answer.stderr[-500:]]
+    return f"temporary folder on a full disk: {'; '.join(found)}" if found else None
+
+
+if __name__ == "__main__":
+    print(json.dumps(inside(Path(sys.argv[1]))))

@@ -1,0 +1,103 @@
+"""AutoEnergy: a fixed ensemble without parameters, in the spirit of AutoAttack, for computation instead of accuracy."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gatewatt.attacks.base import Attack, AttackResult, BestIterate, BrokenGradientError, NoGradientError
+from gatewatt.attacks.directions import ConflictMasking
+from gatewatt.attacks.losses import CheapestGateLoss, HingeLoss, PowerLoss
+from gatewatt.attacks.projected import ProjectedAttack
+from gatewatt.attacks.search import SquareSearch
+from gatewatt.attacks.spaces import Ball, L2Ball, LinfBall
+from gatewatt.flops import FlopsLedger
+from gatewatt.gating import DynamicNetwork
+
+MEMBERS = ("hinge", "power-cgm", "cheapest", "straight-through", "square")
+"""Names of the members, in the order they run."""
+
+
+def member(name: str, space: Ball, steps: int) -> Attack:
+    """A member of the ensemble by name.
+
+    - ``hinge``: adaptive steps on the cost-weighted hinge in logits, one restart at random;
+    - ``power-cgm``: the same steps on GradMDM's power loss with complexity gradient masking;
+    - ``cheapest``: opens the nearest closed gate, one after the other;
+    - ``straight-through``: the hinge through straight-through decisions, so that a step sees how opening one gate moves later ones;
+    - ``square``: random search on true FLOPs, without a gradient.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "hinge":
+        return ProjectedAttack(HingeLoss(), space=space, steps=steps // 2 or 1, restarts=2, name=name)
+    if name == "power-cgm":
+        return ProjectedAttack(PowerLoss(), ConflictMasking(), space=space, steps=steps, name=name)
+    if name == "cheapest":
+        return ProjectedAttack(CheapestGateLoss(), space=space, steps=steps, name=name)
+    if name == "straight-through":
+        return ProjectedAttack(HingeLoss(), space=space, steps=steps, decision="straight_through", name=name)
+    if name == "square":
+        return SquareSearch(space=space, steps=2 * steps)
+    raise ValueError(f"member must be one of {', '.join(MEMBERS)}, got {name!r}")
+
+
+class AutoEnergy(Attack):
+    """The worst case over :data:`MEMBERS`, image by image: most true FLOPs, then the smallest squared error.
+
+    Members run one after the other, on the images that do not run everything yet. One that finds no gradient to follow is passed over: the random
+    search needs none.
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        eps: radius on the [0, 1] scale; None for 4/255 (``linf``) or 0.5 (``l2``).
+        steps: iterations of each member with a gradient; the random search has twice as many queries, of a forward pass each.
+    """
+
+    def __init__(self, norm: Literal["linf", "l2"] = "linf", eps: float | None = None, *, steps: int = 100) -> None:
+        super().__init__()
+        if norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be linf or l2, got {norm!r}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        eps = eps if eps is not None else {"linf": 4 / 255, "l2": 0.5}[norm]
+        space: Ball = LinfBall(eps) if norm == "linf" else L2Ball(eps)
+        self.norm, self.eps, self.steps = norm, space.eps, steps
+        self.members = {name: member(name, space, steps) for name in MEMBERS}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines the attack, as plain values, for records."""
+        return {"name": self.name, "norm": self.norm, "eps": self.eps, "steps": self.steps, "decision": None, "members": list(MEMBERS)}
+
+    def __repr__(self) -> str:
+        return f"AutoEnergy({self.norm}, eps={self.eps:g}, steps={self.steps})"
+
+    def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
+        """Run every member and keep the worst case by the FLOPs of a pass that really skips, through the network's own decisions."""
+        best = BestIterate(images)
+        best.offer(images, self._spent(network, images, ledger), 0)
+        winner = torch.full((len(images),), -1, device=images.device)
+        for index, attack in enumerate(self.members.values()):
+            left = (best.flops < ledger.dense).nonzero().flatten()
+            if len(left) == 0:
+                break
+            try:
+                found = attack(network, images[left], None if labels is None else labels[left], ledger=ledger)
+            except NoGradientError:
+                continue
+            except BrokenGradientError as error:
+                raise BrokenGradientError(int(left[error.image])) from error
+            # Offered to all, and worth nothing to the images that were not attacked.
+            flops = torch.full_like(best.flops, -torch.inf).index_copy(0, left, self._spent(network, found.images, ledger))
+            better = best.offer(images.index_copy(0, left, found.images), flops, best.step.index_copy(0, left, found.step))
+            winner = torch.where(better, index, winner)
+        return best.result._replace(member=winner)
+
+    @staticmethod
+    def _spent(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger) -> Tensor:
+        with torch.no_grad():
+            return ledger(network(images, "skipped").gates)
