@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gatewatt
-from gatewatt.files import replacing, write_atomically, write_new, write_text
+from gatewatt.files import WriteFailed, replacing, sweep, write_atomically, write_new, write_text
 
 
 def test_the_old_content_stands_until_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -74,3 +74,31 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
         content = path.read_bytes()
         assert len(content) == 3_000_000
         assert len(set(content)) == 1
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteFailed) as failed:
+        write_atomically(tmp_path / "x", b"new")
+    assert str(failed.value) == f"cannot write {tmp_path / 'x'}: No space left on device; nothing is left of it"
+    assert failed.value.errno == errno.ENOSPC
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(WriteFailed, match="the file of that name is as it was"):
+        write_atomically(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    left = [tmp_path / ".x.ckpt.123.tmp", tmp_path / "a" / ".metrics.csv.7.tmp"]
+    kept = [tmp_path / "x.ckpt", tmp_path / "x.tmp", tmp_path / ".x.tmp", tmp_path / ".hidden"]
+    for path in (*left, *kept):
+        path.touch()
+    assert sorted(sweep(tmp_path)) == sorted(left)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)

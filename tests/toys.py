@@ -37,8 +37,11 @@ class Logistic(DynamicNetwork):
         self.charges = (Charge("a", ("a",)), Charge("b", ("b",)))
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Of all gates, (B, 5); around the middle grey, so that an untrained gate can be on either side of its threshold."""
-        return (pixels - 0.5) @ self.weight.T + self.bias
+        """Of all gates, (B, 5); around the middle grey, so that an untrained gate can be on either side of its threshold.
+
+        Product by product, since a matrix product rounds an image differently alone and in a batch.
+        """
+        return ((pixels - 0.5)[:, None] * self.weight).sum(2) + self.bias
 
     def scores(self, pixels: Tensor) -> Tensor:
         """Of all gates, (B, 5)."""

@@ -26,7 +26,7 @@ class WriteFailed(OSError):
     def __init__(self, path: Path, cause: OSError) -> None:
         kept = "the file of that name is as it was" if path.exists() else "nothing is left of it"
         super().__init__(f"cannot write {path}: {cause.strerror or cause}; {kept}")
-        self.errno, self.filename = cause.errno, None
+        self.errno = cause.errno
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import toys
 from tests.attacks.test_untouched import state
 from tests.toys import Logistic
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def by_hand(network: Exits, images: Tensor, norm: str, steps: int, eps: float) -
             radius = eps * 0.9 ** ((step * 11) // steps)
             if gradient.norm() > 1:
                 gradient = gradient / gradient.norm()
-            delta = x - (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))) * gradient - clean
+            delta = x.detach() - (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))) * gradient - clean
             x = (clean + delta * min(1.0, radius / float(delta.norm()))).clamp(0, 1)
         found.append(x.detach())
     return torch.stack(found)
@@ -165,7 +166,7 @@ def test_the_network_is_as_it_was_and_the_seed_matters(norm: Any, network: Exits
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_network_without_exits_is_refused(norm: Any, small: Tensor) -> None:
     with pytest.raises(ValueError, match="DeepSloth attacks early exits, and this network returns none; use an attack on gates"):
-        DeepSloth(norm)(Logistic().eval(), small)
+        DeepSloth(norm)(Logistic().eval(), small, ledger=toys.LEDGER)
 
 
 class Spoiled(Exits):

@@ -144,7 +144,8 @@ def test_every_direction_is_that_of_finite_differences(loss: GateLoss) -> None:
         torch.testing.assert_close(gates(direction, loss), gradient, rtol=0, atol=1e-8)
         unit = torch.stack([one / one.square().sum().sqrt() for one in gradient])
         torch.testing.assert_close(gates(UnitLength(direction), loss), unit, rtol=0, atol=1e-7)
-    assert bool((inner(closed, opened) < 0).any())
+    # The hinge counts open gates too, and so is hardly ever at odds with them.
+    assert isinstance(loss, HingeLoss) or bool((inner(closed, opened) < 0).any())
 
 
 def test_unit_length_masks_unless_told_otherwise() -> None:

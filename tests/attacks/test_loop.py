@@ -99,7 +99,7 @@ def by_hand(
                 conflicts += inner < 0
                 chosen = g_closed - inner / float(g_open @ g_open) * g_open if inner < 0 else g_closed
             if step > warm and method == "GradAuto":
-                chosen = chosen / np.sqrt(float(chosen @ chosen))
+                chosen = chosen / (np.sqrt(float(chosen @ chosen)) or 1.0)
             gradient[image] = chosen + gamma * 2 * (x[image] - clean[image]) / (1 if literal else pixels) * chain[image]
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient**2

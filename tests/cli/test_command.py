@@ -25,6 +25,9 @@ QUICK = {
     "report nowhere": 2,
     "report nowhere --title": 2,
     "report nowhere --color": 2,
+    "completion bash": 0,
+    "completion": 2,
+    "test --help": 0,
 }
 """Command line -> exit code."""
 

@@ -67,7 +67,7 @@ def test_an_audit_uses_the_data_of_the_recipe(capsys: pytest.CaptureFixture[str]
     assert main(["audit", "-c", "small.yaml", "-c", "data/digits", "--images", "2", "--patterns", "0"]) == 0
     assert "2 of 2" in capsys.readouterr().out
     assert main(["audit", "-c", "small.yaml", "-c", "data/digits", "--images", "500"]) == 2
-    assert capsys.readouterr().err == "gatewatt: error: images must be at most 400, the size of the test set, got 500\n"
+    assert capsys.readouterr().err == "gatewatt: error: --images: images must be at most 400, the size of the test set, got 500\n"
 
 
 def test_one_difference_fails_an_audit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

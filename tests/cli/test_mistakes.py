@@ -114,6 +114,24 @@ def test_the_fragment_that_set_the_key_is_named(tmp_path: Path, capsys: pytest.C
         (["-c"], "-c needs the name of a recipe"),
         (["-c", "--run"], "-c needs the name of a recipe"),
         (["-c", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
+        # The recipe holds a sound value of the same key: it is the flag that is wrong.
+        (["--model.network.depth", "9"], "--model.network.depth: depth must be 6n + 2"),
+        (["--model.network.depth=9"], "--model.network.depth: depth must be 6n + 2"),
+        (["--model.init_args.network.init_args.depth", "9"], "--model.init_args.network.init_args.depth: depth must be 6n + 2"),
+        (["--model.objective.target", "1.7"], "--model.objective.target: target must be in (0, 1]"),
+        (["--model.optimization.lr", "-1e-2"], "--model.optimization.lr: lr must be positive"),
+        (["--model.network.num_classes", "11"], "--model.network.num_classes: num_classes of the network is 11, the data digits has 10 classes"),
+        (["--data.batch_size", "0"], "--data.batch_size: batch_size must be at least 1, got 0"),
+        (["--data.val_images", "-1"], "--data.val_images: val_images must be at least 0, got -1"),
+        (["--trainer.max_steps", "1.5"], "--trainer.max_steps: must be int, got 1.5"),
+        (["--trainer.max_steps", "-7"], "--trainer.max_steps: "),
+        (["--trainer.accelerator", "abacus"], "--trainer.accelerator: "),
+        (["--trainer.default_root_dir", "here"], "--trainer.default_root_dir: the run folder is chosen with --run"),
+        (["--ckpt_path", "nowhere.ckpt"], "--ckpt_path: there is no file nowhere.ckpt"),
+        (["--ckpt_path", "s3://bucket/a.ckpt"], "--ckpt_path: s3://bucket/a.ckpt is an address on the net"),
+        (["--model.checkpoint", "https://example.org/a.safetensors"], "--model.checkpoint: "),
+        (["--resume", "always"], "--resume: must be one of 'auto'"),
+        (["--trainer.plugins", "lightning.pytorch.plugins.TorchCheckpointIO"], "--trainer.plugins: TorchCheckpointIO writes checkpoints its own way"),
     ],
 )
 def test_a_mistake_in_a_flag_is_one_line_that_names_the_flag(
@@ -124,6 +142,20 @@ def test_a_mistake_in_a_flag_is_one_line_that_names_the_flag(
     err = capsys.readouterr().err
     assert err.startswith(f"gatewatt: error: {message}")
     assert err.count("\n") == 1
+
+
+def test_a_recipe_s_mistake_is_the_recipe_s_though_a_flag_gives_the_same_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, line = with_line("depth: 8", "depth: deep")
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert main(["fit", "-c", "wrong.yaml", "--model.network.depth", "8"]) == 2
+    assert capsys.readouterr().err.startswith(f"gatewatt: error: wrong.yaml:{line}: {NETWORK}.init_args.depth: must be int, got deep")
+
+
+def test_a_recipe_s_mistake_is_not_blamed_on_a_flag_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, line = with_line("depth: 8", "depth: 9")
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert main(["fit", "-c", "wrong.yaml", "--model.network.width", "6", "--trainer.max_steps", "2"]) == 2
+    assert capsys.readouterr().err.startswith(f"gatewatt: error: wrong.yaml:{line}: {NETWORK}.init_args.depth: depth must be 6n + 2")
 
 
 def test_a_recipe_without_a_task_says_what_to_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class GateReport(L.Callback):
             columns = ["gate", "price", "open", "ledger, per image", "hooks, per image" if self.skipped else "hooks, nothing skipped"]
             caption = "1 MAC = 1 FLOP; FLOPs of convolutions and linear layers, by fvcore."
             if not self.skipped:
-                caption += " The network cannot skip: all of it ran, and the ledger alone says what its gates would leave out."
+                caption += " Nothing was skipped in these passes: all of it ran, and the ledger alone says what the gates would leave out."
             print_table(self.title, columns, self.rows, caption=caption)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -10,8 +10,6 @@ contributes nothing and counts as left out, also where xi = 0 (section 5.5 of th
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -259,8 +257,7 @@ class ManiDP(DynamicNetwork):
     @property
     def masks(self) -> dict[str, MaskBlock]:
         """Gate name -> the mask block that decides it, in execution order."""
-        names: tuple[Literal["mask1"], Literal["mask2"]] = ("mask1", "mask2")
-        return {f"block{index}.{name}": getattr(block, name) for index, block in enumerate(self.blocks) for name in names}
+        return {f"block{index}.{name}": getattr(block, name) for index, block in enumerate(self.blocks) for name in ("mask1", "mask2")}
 
     def forward(self, images: Tensor, execution: Execution = "masked") -> DynamicOutput:
         """Logits (B, K) and two gates per block, of shape (B, C) for C channels."""

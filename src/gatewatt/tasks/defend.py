@@ -54,8 +54,7 @@ class EnergyAdversarialTraining(DynamicTraining):
         self.attack = attack or GradMDM(steps=3, warmup=0.0, lr=0.03)
         self.adversarial_objective, self.warmup_epochs = both_halves, warmup_epochs
         # Part of the checkpoint, so that a resumed run distils the same parent.
-        # In eval mode from the start: a run that is resumed in the middle of an epoch never meets the epoch's beginning.
-        self.parent = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self.parent = copy.deepcopy(self.network).requires_grad_(False)
         self.register_buffer("parent_taken", torch.tensor(False))
 
     def on_train_epoch_start(self) -> None:
@@ -76,5 +75,6 @@ class EnergyAdversarialTraining(DynamicTraining):
         parent = None
         if self.adversarial_objective.distillation:
             with torch.no_grad():
-                parent = self.parent(batch.images).gates
+                # Here too: a run that is resumed in the middle of an epoch never meets the epoch's beginning.
+                parent = self.parent.eval()(batch.images).gates
         return self.total(self.adversarial_objective(clean, attacked, batch.labels, self.ledger, parent))

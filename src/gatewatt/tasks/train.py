@@ -30,8 +30,8 @@ class DynamicTraining(NetworkTask):
         optimization: optimiser and schedule.
         checkpoint: weights to start from: a shipped name or a ``.safetensors`` path of the same architecture.
         channels_last: keep weights and images in that memory format (faster on CPU and GPU).
-        execution: ``masked``, or ``dense`` to train the static parent of a network that is made dynamic in a second stage. Validation and test
-            measure the dynamic network all the same.
+        execution: ``masked``, or ``dense`` to train the static parent of a network that is made dynamic in a second stage; the parent is then what
+            validation and test measure, too.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class DynamicTraining(NetworkTask):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch of clean images."""
+        if self.execution == "dense":
+            self.evaluation.execution = "dense"
         self.evaluation.step(batch)
 
     def on_validation_epoch_end(self) -> None:
