@@ -140,7 +140,7 @@ def torchrun(count: int, folder: Path) -> Outcome:
     def command(name: str) -> subprocess.Popen[bytes]:
         log = (folder / f"{name}.log").open("wb")
         arguments = ["fit", "-c", "small.yaml", "--run", name, "--resume", "auto", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "gatewatt"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "gatewatt", "--"]
         return subprocess.Popen([sys.executable, *launcher, *arguments], cwd=folder, env=environment(), stdout=log, stderr=log)
 
     begun = time.monotonic()

@@ -27,6 +27,7 @@ QUICK = {
     "report nowhere --color": 2,
     "completion bash": 0,
     "completion": 2,
+    "-- --version": 0,
     "test --help": 0,
 }
 """Command line -> exit code."""

@@ -84,10 +84,10 @@ def test_all_gates_open_is_the_static_network(network: DynamicNetwork) -> None:
 
 
 def test_four_routes_agree_and_skipping_changes_no_logit(network: DynamicNetwork, ledger: FlopsLedger) -> None:
-    for rows in ([0], [3, 9], list(range(12))):
+    for rows in ([0], [3, 9], [1, 4, 7, 10, 11]):
         routes = compare_routes(network, sample()[rows], ledger)
         assert routes.agree, routes
-    for batch, count in ((1, 40), (2, 30), (3, 30)):
+    for batch, count in ((1, 4), (2, 3), (3, 3)):
         images = sample()[4 : 4 + batch]
         for pattern in random_patterns(network, images, count, seed=batch):
             routes = compare_routes(network, images, ledger, pattern)
@@ -158,8 +158,8 @@ def test_training_steps_lower_the_loss(family: str) -> None:
         pytest.skip("its loss holds returns, which are no measure of progress; tests/objectives checks its gradient")
     optimizer = torch.optim.AdamW([parameter for parameter in network.parameters() if parameter.requires_grad], 3e-3)
     losses = []
+    objective.progress = 0.5  # a schedule would move the loss by itself
     for step in range(12):
-        objective.progress = step / 12
         torch.manual_seed(step)
         terms = objective(network(sample()), labels, ledger)
         assert all(term.ndim == 0 and bool(torch.isfinite(term)) for term in terms.values())

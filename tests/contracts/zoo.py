@@ -44,7 +44,7 @@ def warmed(network: DynamicNetwork) -> DynamicNetwork:
 
 
 def skipnet(**arguments: object) -> DynamicNetwork:
-    """Every gate's bias moved to the median of its logits."""
+    """Every gate's bias moved to just beside the median of its logits: on it, a pixel's last bit would decide."""
     network = warmed(SkipNet(8, width=4, **arguments))  # type: ignore[arg-type]
     assert isinstance(network, SkipNet)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def skipnet(**arguments: object) -> DynamicNetwork:
             network.gating.projection.bias -= network(sample()).gates["block1"].score.logit().median()
         else:
             for index, gate in enumerate(network.gating.gates):
-                gate.projection.bias[1] -= network(sample()).gates[f"block{index + 1}"].score.logit().median()
+                gate.projection.bias[1] -= network(sample()).gates[f"block{index + 1}"].score.logit().median() + 0.01
     return network
 
 
@@ -126,6 +126,14 @@ FAMILIES: dict[str, Callable[[], DynamicNetwork]] = {
     "avit": avit,
 }
 
+
+def manifold_pruning() -> Objective:
+    """With the cross entropy of an epoch that never was."""
+    objective = ManifoldPruning(lasso=5e-3, graph=1.0)
+    objective.reference = 2.0
+    return objective
+
+
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "skipnet": lambda: ComputeTarget(0.7),
     "skipnet-hrl": HybridReinforcement,
@@ -133,7 +141,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "skipnet-ffgate2": CrossEntropy,
     "sact": PonderCost,
     "act": PonderCost,
-    "manidp": lambda: ManifoldPruning(lasso=5e-3, graph=1.0),
+    "manidp": manifold_pruning,
     "shallow-deep": WeightedExits,
     "dvt": SummedExits,
     "avit": HaltingPrior,

@@ -7,6 +7,7 @@ wrong with what the user gave comes out as one line on stderr and exit code 2; `
 from __future__ import annotations
 
 import os
+import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -98,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminated).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--"]:
+        # `torchrun -m gatewatt -- fit ...`: without it torchrun takes --run for one of its own options.
+        del arguments[0]
     if os.environ.get("GATEWATT_TRACEBACK") == "1":
         return dispatch(arguments)
     recipe = Recipe()
@@ -158,7 +162,7 @@ def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
         return render(rest)
     if verb == "completion":
         return complete(rest)
-    names, rest = split_recipes(rest)
+    names, rest = split_recipes(joined_negatives(rest))
     recipe = Recipe() if recipe is None else recipe
     recipe.flags, recipe.command = rest, list(arguments)
     loaded = load_recipes(names)
@@ -170,6 +174,23 @@ def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
     else:
         from gatewatt.cli.meter import run
     return run(verb, recipe, rest)
+
+
+def joined_negatives(arguments: Sequence[str]) -> list[str]:
+    """Join a flag and a negative number that follows it, which argparse takes for a flag where it has an exponent.
+
+    Example:
+        >>> joined_negatives(["--model.lr", "-1e-2", "--run", "-x"])
+        ['--model.lr=-1e-2', '--run', '-x']
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        flag = joined[-1] if joined else ""
+        if flag.startswith("--") and "=" not in flag and re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", argument):
+            joined[-1] = f"{flag}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def split_recipes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
