@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gatewatt.gating import DynamicOutput, GateTable
 
@@ -106,50 +105,45 @@ class FinishedLoss(GateLoss):
 
 
 class HingeLoss(GateLoss):
-    """Open what is closed by its distance in logits: ``sum lambda_i softplus(z_tau + m - z_i)``, z the logit of the score.
+    """Open what is closed by its distance in logits: ``sum lambda_i max(z_tau + m - z_i, 0)``, z the logit of the score.
 
     The power loss multiplies the slope of a score by G^(alpha - 1), and both vanish for a firmly closed gate; in logits they do not. Where a
-    score underflows to 0, the slope of the sigmoid itself is gone: :func:`~gatewatt.attacks.saturation.unsaturated` brings it back.
+    score underflows to 0, the slope of the sigmoid itself is gone: :func:`~gatewatt.attacks.saturation.unsaturated` brings it back. A smooth
+    hinge would go on pulling at gates that are open.
 
     Args:
         margin: m, how far beyond its threshold a gate is pushed, in logits.
     """
 
-    def __init__(self, margin: float = 0.5) -> None:
+    def __init__(self, margin: float = 0.1) -> None:
         if not 0 <= margin < math.inf:
             raise ValueError(f"margin must be finite and at least 0, got {margin}")
         self.margin = float(margin)
 
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
         """The hinge per image, shape (B,)."""
-        return (weights * functional.softplus(self.margin - gate_margin(table))).sum(1)
+        return (weights * torch.relu(self.margin - gate_margin(table))).sum(1)
 
 
 class CheapestGateLoss(GateLoss):
-    """Open the closed gate that is nearest to its threshold, one at a time, and hold the open ones.
+    """Open the closed gates one by one, the nearest first: ``sum lambda_i log(1 + max(z_tau - z_i, 0) / s)``, z the logit of the score.
 
-    ``sum over closed of (100 + lambda_i m) + d + sum over open of lambda_i max(m - z_i + z_tau, 0)``, d the distance in logits of the nearest closed
-    gate. The first term has no gradient. It makes the loss fall whenever a gate opens, though the next gate is further away than that one
-    was; without it, a descent that returns to its lowest loss would return to the moment before.
+    Its slope, 1 / (s + distance), is steepest for the gate that is nearest to its threshold, on either side: it opens next, and one that threatens to
+    close is brought back first. So the loss comes closer than a hinge to what it stands for, the cost of the closed gates, however far they
+    are from opening.
 
     Args:
-        margin: m, how far beyond its threshold a gate is held, in logits.
+        scale: s, the distance in logits within which a gate counts as near.
     """
 
-    def __init__(self, margin: float = 0.5) -> None:
-        if not 0 <= margin < math.inf:
-            raise ValueError(f"margin must be finite and at least 0, got {margin}")
-        self.margin = float(margin)
+    def __init__(self, scale: float = 0.01) -> None:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be finite and positive, a distance in logits, got {scale}")
+        self.scale = float(scale)
 
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
-        """Distance of the nearest closed gate, shortfall of the open ones and a constant per closed one, shape (B,), float64."""
-        # In float64: beside a hundred per closed gate, float32 would not see a step's progress.
-        beyond, cost = gate_margin(table).double(), weights.double()
-        closed = beyond < 0
-        nearest = torch.where(closed, -beyond, torch.inf).amin(1)
-        nearest = torch.where(closed.any(1), nearest, torch.zeros_like(nearest))
-        each = torch.where(closed, 100 + cost * self.margin, cost * torch.relu(self.margin - beyond))
-        return nearest + each.sum(1)
+        """Logarithms of the distances, weighed and added, shape (B,)."""
+        return (weights * torch.log1p(torch.relu(-gate_margin(table)) / self.scale)).sum(1)
 
 
 class UniformExitsLoss(OutputLoss):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         # Imported late: most runs make no mistake.
-        from gatewatt.cli.errors import explain
+        from gatewatt.cli.errors import alike, explain
 
         line = explain(error, recipe)
         if line is None:
@@ -130,10 +131,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = process_rank()
         if rank == 0:
             print(f"{PROGRAM}: error: {line}", file=sys.stderr)
-        elif recipe.running and not getattr(error, "alike", False):
-            # What every process meets alike is said once, by the first.
+        elif not alike(error) and alone_in_trouble():
             print(f"{PROGRAM}: error in process {rank}: {line}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+
+
+def alone_in_trouble(seconds: float = 3.0) -> bool:
+    """Whether the process that started this one is still there after a while: then the first process has not met the same error.
+
+    What all processes meet alike, such as a mistake in the recipe, is said once; torchrun and Lightning end the others when the first has ended.
+    """
+    parent, deadline = os.getppid(), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if os.getppid() != parent:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def process_rank() -> int:

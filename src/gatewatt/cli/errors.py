@@ -18,6 +18,13 @@ _EXPECTED = (
     ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
     ("gatewatt.flops", "UnpricedOperator"),
 )
+_KNOWN = (
+    (
+        "has parameters that were not used in producing the loss",
+        "some parameters got no gradient in this step, which several processes must know of: add --trainer.strategy ddp_find_unused_parameters_true",
+    ),
+)
+"""What libraries say at length, and what it means here."""
 GROUPS = ("model", "data", "trainer", "seed_everything", "run", "resume", "ckpt_path")
 _SHELL = ("Does not validate against any", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
 
@@ -62,6 +69,9 @@ def explain(error: Exception, recipe: Recipe) -> str | None:
     if hasattr(error, "exit_code"):
         # Already a line of its own, and one that holds a command to be copied.
         return str(error)
+    for phrase, line in _KNOWN:
+        if phrase in str(error):
+            return line
     if not isinstance(error, expected()):
         return None
     complaint = condense(str(error) or type(error).__name__)
@@ -87,6 +97,11 @@ def explain(error: Exception, recipe: Recipe) -> str | None:
             message = message.removeprefix(f"{key}: ")
         return one_line(f"{suspect.place}: {message}")
     return one_line(f"{recipe.files[-1]}: {complaint.message}" if recipe.files and not recipe.running else complaint.message)
+
+
+def alike(error: Exception) -> bool:
+    """Whether every process meets an error at the same moment, so that it is enough if the first one says so."""
+    return bool(getattr(error, "alike", False)) or any(phrase in str(error) for phrase, _ in _KNOWN)
 
 
 def expected() -> tuple[type[Exception], ...]:

@@ -334,9 +334,10 @@ class RecipeCLI(LightningCLI):
         folder, settings = run_path(self.run_name()), yaml.safe_load(self.resolved())
         first = process_rank() == 0
         earlier = recipe_of(folder)
-        if earlier is None and folder.is_dir() and any(folder.iterdir()):
+        # The first process judges the folder, and may be at work in it while the others are still looking.
+        if first and earlier is None and folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"resume: {folder} is no run of gatewatt; choose another --run")
-        if earlier is not None and identity(earlier) != identity(settings):
+        if first and earlier is not None and identity(earlier) != identity(settings):
             raise ValueError(f"resume: {folder} holds a run of another task or network; choose another --run, or leave resume out")
         result = result_of(folder)
         if result is not None and earlier is not None and all(field(earlier, key) == field(settings, key) for key in LENGTH):
