@@ -595,3 +595,12 @@ def test_every_bottleneck_depth_is_refused() -> None:
         assert resnet_layout(depth).bottleneck
         with pytest.raises(ValueError, match=f"got {depth}"):
             ManiDP(depth)
+
+
+def test_neutral_masks_begin_as_the_parent() -> None:
+    torch.manual_seed(0)
+    network, images = ManiDP(8, width=4, neutral_masks=True).eval(), torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(network(images, "masked").logits, network(images, "dense").logits, atol=1e-6)
+        released = ManiDP(8, width=4).eval()
+        assert not torch.allclose(released(images, "masked").logits, released(images, "dense").logits, atol=1e-3)

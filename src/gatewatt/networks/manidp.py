@@ -202,6 +202,8 @@ class ManiDP(DynamicNetwork):
         depth: 6n + 2 for CIFAR (20, 32, 56), or 18, 34 for ImageNet.
         num_classes: classes K.
         width: channels of the first group; the default is the original's (16 for CIFAR, 64 for ImageNet).
+        neutral_masks: start with all saliencies at 1, so that the second stage begins as the trained parent. The original's random mask blocks
+            rescale every channel at random, and each by features that the ones before have rescaled: a short second stage does not recover.
 
     Raises:
         ValueError: for a depth that does not exist or has bottlenecks, or a width or a number of classes out of range.
@@ -214,9 +216,9 @@ class ManiDP(DynamicNetwork):
 
     threshold: Tensor
 
-    def __init__(self, depth: int = 20, num_classes: int = 10, *, width: int | None = None) -> None:
+    def __init__(self, depth: int = 20, num_classes: int = 10, *, width: int | None = None, neutral_masks: bool = False) -> None:
         super().__init__()
-        self.arguments = {"depth": depth, "num_classes": num_classes, "width": width}
+        self.arguments = {"depth": depth, "num_classes": num_classes, "width": width, "neutral_masks": neutral_masks}
         layout = resnet_layout(depth)
         if layout.bottleneck:
             raise ValueError(f"ManiDP masks basic blocks: depth must be 6n + 2 (CIFAR: 20, 32, 56, ...), 18 or 34, got {depth}")
@@ -242,6 +244,10 @@ class ManiDP(DynamicNetwork):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if neutral_masks:
+            for module in self.modules():
+                if isinstance(module, MaskBlock):
+                    nn.init.zeros_(module.expand.weight)  # the bias is 1
         self.decision = decision_named("hard")
         self.charges = tuple(
             charge
