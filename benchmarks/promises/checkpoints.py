@@ -107,7 +107,7 @@ def _damaged(count: int, folder: Path) -> Outcome:
         import safetensors.torch
 
         tensors = safetensors.torch.load(weights.read_bytes())
-        next(iter(tensors.values())).view(-1)[0] = value
+        next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[0] = value
         path = folder / "not-finite.safetensors"
         path.write_bytes(safetensors.torch.save(tensors))
         card = {**json.loads(weights.with_suffix(".json").read_text()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

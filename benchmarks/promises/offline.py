@@ -18,16 +18,19 @@ FEW = ("tests/recipes/test_merging.py", "tests/recipes/test_finding.py", "tests/
 
 
 def offline(count: int, folder: Path) -> Outcome:
-    """Quick answers under 1 s without torch, the full help under 8 s; the tests with the network off (a few of them if ``count`` is below 100)."""
+    """Quick answers without torch, and the tests with the network off.
+
+    If ``count`` is below 100, a few tests only, and times are noted, not judged: a machine that runs a test suite is busy.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     results: list[str | None] = []
     slowest = 0.0
     for line in QUICK:
         seconds = cold(line.split(), folder)
         slowest = max(slowest, seconds)
-        results += [f"gatewatt {line}: {seconds:.2f} s" if seconds >= 1 else None, imports(line.split())]
+        results += [f"gatewatt {line}: {seconds:.2f} s" if seconds >= 1 and count >= 100 else None, imports(line.split())]
     full = cold(["fit", "--help-all"], folder)
-    results.append(f"gatewatt fit --help-all: {full:.1f} s" if full >= 8 else None)
+    results.append(f"gatewatt fit --help-all: {full:.1f} s" if full >= 8 and count >= 100 else None)
     note = f"slowest quick answer {slowest:.2f} s, fit --help-all {full:.1f} s"
     apart = isolation()
     if apart is None:

@@ -142,7 +142,8 @@ def torchrun(count: int, folder: Path) -> Outcome:
         strategy = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"]
         arguments = ["fit", "-c", "small.yaml", "--run", name, "--resume", "auto", *strategy]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "gatewatt", "--"]
-        return subprocess.Popen([sys.executable, *launcher, *arguments], cwd=folder, env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"), stdout=log, stderr=log)
+        variables = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        return subprocess.Popen([sys.executable, *launcher, *arguments], cwd=folder, env=variables, stdout=log, stderr=log)
 
     begun = time.monotonic()
     whole = command("whole")

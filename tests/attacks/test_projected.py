@@ -178,6 +178,22 @@ def test_the_cheapest_gate_is_opened_where_all_gates_at_once_cannot_be(toy: Logi
     assert spent[1] >= spent[0]
 
 
+@pytest.mark.parametrize("gamma", [0.3, 1.0, 3.0])
+def test_within_the_error_of_gradmdm_it_finds_as_much(gamma: float, images: Tensor) -> None:
+    torch.manual_seed(1)
+    network = SkipNet(14, width=4).eval()
+    ledger = price(network, images[:1])
+    rival = GradMDM(gamma=gamma, steps=40, keep="best")(network, images, ledger=ledger).images
+    # GradMDM gives each image an error of its own: the ball of an image is as wide.
+    radii = (rival - images).square().sum((1, 2, 3)).sqrt().tolist()
+    attacks = [ProjectedAttack(CheapestGateLoss(), space=L2Ball(radius), steps=40) for radius in radii]
+    found = torch.cat([attack(network, image[None], ledger=ledger).images for attack, image in zip(attacks, images, strict=True)])
+    assert bool(((found - images).square().sum((1, 2, 3)).sqrt() <= torch.tensor(radii) + 1e-6).all())
+    with torch.no_grad():
+        spent, rivals, clean = (ledger(network(each).gates) for each in (found, rival, images))
+    assert spent.sum() >= rivals.sum() > clean.sum()
+
+
 # ---- where it stays ----
 
 

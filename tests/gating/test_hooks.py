@@ -24,8 +24,8 @@ from gatewatt.attacks import EnergyAttack, GradMDM
 from gatewatt.attacks.losses import PowerLoss
 from gatewatt.callbacks import GateReport, RecoveryCallback, ResultFiles
 from gatewatt.flops import audit, compare_routes, price, random_patterns
-from gatewatt.gating import Charge, GateTable, check_finite, forced, gate_table
-from gatewatt.gating.hooks import GateHook, HookedNetwork, measuring_execution
+from gatewatt.gating import Charge, GateTable, check_finite, forced, gate_table, measuring_execution
+from gatewatt.gating.hooks import GateHook, HookedNetwork
 from gatewatt.networks import ResNet, SkipNet
 from gatewatt.networks.layers import global_average
 from gatewatt.networks.skipnet import FeedForwardGates, RecurrentGates, run_masked, run_skipped

@@ -86,7 +86,7 @@ trainer:
 def test_the_table_says_what_held_and_what_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reliability, "PAGE", tmp_path / "RELIABILITY.md")
     monkeypatch.setattr(reliability, "RESULTS", tmp_path)
-    reliability.PAGE.write_text(f"above\n{reliability.BEGIN}\nold\n{reliability.END}\nbelow\n")
+    reliability.PAGE.write_text(f"above\n{reliability.BEGIN}\nstale\n{reliability.END}\nbelow\n")
     monkeypatch.setattr(reliability, "function", lambda row: lambda count, folder: Outcome(count - 1, count, "a note", ("the last one",)))
     import json
 
@@ -97,7 +97,7 @@ def test_the_table_says_what_held_and_what_did_not(tmp_path: Path, monkeypatch: 
     page = reliability.PAGE.read_text()
     assert page.startswith("above\n")
     assert page.endswith("below\n")
-    assert "old" not in page
+    assert "stale" not in page
     assert "**999** | 1000 | full" in page
     assert "first failure: the last one" in page
     assert page.count("not run yet") == len(ROWS) - 1

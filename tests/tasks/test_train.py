@@ -77,7 +77,7 @@ def test_dense_training_runs_every_block_and_leaves_the_gates_alone(tmp_path: Pa
     network = skipnet()
     before = copy.deepcopy(network.state_dict())
     task = DynamicTraining(network, optimization=Optimization(lr=0.01, weight_decay=0), execution="dense")
-    fit = trainer(tmp_path, max_steps=2)
+    fit = trainer(tmp_path, limit_train_batches=2)
     fit.fit(task, digits())
     assert fit.callback_metrics["val/flops_fraction"].item() == 1
     moved = {name.split(".")[0] for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
