@@ -143,13 +143,18 @@ def test_members_are_those_that_their_names_say() -> None:
     space = LinfBall(0.1)
     made = {name: member(name, space, 7) for name in MEMBERS}
     kinds: dict[str, Any] = {name: each.settings.get("loss", {}).get("kind") for name, each in made.items()}
-    assert kinds == {"hinge": "HingeLoss", "power-cgm": "PowerLoss", "cheapest": "CheapestGateLoss", "straight-through": "HingeLoss", "square": None}
+    cheapest = "CheapestGateLoss"
+    assert kinds == {"hinge": "HingeLoss", "power-cgm": "PowerLoss", "cheapest": cheapest, "straight-through": cheapest, "square": None}
     assert made["power-cgm"].settings["direction"] == {"kind": "ConflictMasking"}
     assert made["straight-through"].decision == "straight_through"
     assert all(each.settings["space"] == {"kind": "LinfBall", "eps": 0.1} for each in made.values())
-    assert isinstance(made["hinge"], ProjectedAttack)
-    assert isinstance(made["square"], SquareSearch)
-    assert (made["hinge"].restarts, made["hinge"].steps, made["square"].steps) == (2, 3, 14)
+    assert [each.steps * getattr(each, "restarts", 1) for each in made.values() if isinstance(each, (ProjectedAttack, SquareSearch))] == [
+        7,
+        7,
+        7,
+        6,
+        14,
+    ]
     with pytest.raises(ValueError, match="member must be one of hinge, power-cgm, cheapest, straight-through, square, got 'pgd'"):
         member("pgd", space, 7)
 

@@ -202,7 +202,7 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.saved = trainer.global_step
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
 
@@ -249,7 +249,8 @@ class MetricsFile(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the figures of a step, before any checkpoint of this step is written."""
-        if trainer.log_every_n_steps and stepped(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and stepped(trainer, batch_idx) and trainer.global_step % every == 0:
             self._note(trainer, lambda name: not name.startswith(("val/", "test/")))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -310,7 +311,7 @@ class MetricsFile(L.Callback):
 
     @staticmethod
     def _writes(trainer: L.Trainer) -> bool:
-        return trainer.is_global_zero and not trainer.fast_dev_run
+        return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @staticmethod
     def _file(trainer: L.Trainer) -> Path:

@@ -155,12 +155,12 @@ class Stop(L.Callback):
         """Stop an evaluation, if asked to; there is nothing to save."""
         if self.noted and trainer.state.fn != "fit":
             launcher = trainer.strategy.launcher
-            if hasattr(launcher, "kill"):
+            if launcher is not None and hasattr(launcher, "kill"):
                 # The other processes would wait for this one.
                 launcher.kill(signal.SIGTERM)
             self._leave(self.noted)
 
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluated
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluated  # type: ignore[assignment]
 
     def _save(self, trainer: L.Trainer, *, tell: bool = True) -> None:
         path = Path(trainer.default_root_dir) / "interrupted.ckpt"
@@ -381,7 +381,7 @@ class RecipeCLI(LightningCLI):
         settings: dict[str, Any] = {"default_root_dir": str(folder), "callbacks": callbacks, "plugins": plugins}
         if config.get("logger") in (None, True):
             # What an interrupted run logged beyond its last checkpoint is logged again.
-            purge = {"purge_step": self.found.step} if self.found else {}
+            purge: dict[str, Any] = {"purge_step": self.found.step} if self.found else {}
             settings["logger"] = [TensorBoardLogger(folder, name="tensorboard", version="", **purge)]
         try:
             trainer = super().instantiate_trainer(**settings, **kwargs)

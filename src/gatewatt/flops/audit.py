@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from gatewatt.flops.handles import analyse
 from gatewatt.flops.ledger import FlopsLedger
 from gatewatt.flops.pricing import Traceable, measuring
-from gatewatt.gating import DynamicNetwork, check_finite, check_images, forced
+from gatewatt.gating import DynamicNetwork, PartlyRun, check_finite, check_images, forced
 
 
 def audit(network: DynamicNetwork, images: Tensor) -> int:
@@ -111,7 +111,7 @@ class ExecutionMeter:
 
     def _charge(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            ran, whole = module.extent(*inputs) if hasattr(module, "extent") else (len(inputs[0]), 1)
+            ran, whole = module.extent(*inputs) if isinstance(module, PartlyRun) else (len(inputs[0]), 1)
             # Multiply first, divide last: whole numbers of MACs stay whole.
             self.flops[name] += self.ledger.prices[name] * ran / whole
 

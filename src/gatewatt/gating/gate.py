@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class Charge(NamedTuple):
     gates: tuple[str, ...]
 
 
+@runtime_checkable
 class PartlyRun(Protocol):
     """A charged module that can compute a part of an image: some positions, channels or tokens.
 
