@@ -32,7 +32,7 @@ COLUMNS = ("checkpoint", "accuracy", "dense", "FLOPs", "sd", "at full", "routes'
 def data_of(name: str, folder: str | None, images: int) -> ImageData | None:
     """The data set that a checkpoint was trained on; None for CIFAR-10 without a folder."""
     if card_of(name)["dataset"] == "digits":
-        return DigitsData(eval_batch_size=100)
+        return DigitsData(eval_batch_size=100, test_images=min(images, 400))
     return FolderData(folder, name="cifar10", test_images=images, eval_batch_size=125) if folder else None
 
 

@@ -146,12 +146,18 @@ def structural() -> Iterator[Case]:
     yield Case("control character", b"model: \x07\n")
 
 
-def malformed(count: int, folder: Path) -> Outcome:
-    """``count`` malformed recipes: one line on stderr with file and key, exit code 2, under ten seconds, nothing run or written."""
-    return apart(_malformed, count, folder, log=folder / "malformed.log")
+def malformed(count: int, folder: Path, *, timed: bool = True) -> Outcome:
+    """``count`` malformed recipes: one line on stderr with file and key, exit code 2, under ten seconds, nothing run or written.
+
+    Args:
+        count: recipes.
+        folder: where to work.
+        timed: judge the seconds too.
+    """
+    return apart(_malformed, count, folder, timed, log=folder / "malformed.log")
 
 
-def _malformed(count: int, folder: Path) -> Outcome:
+def _malformed(count: int, folder: Path, timed: bool) -> Outcome:
     from gatewatt.cli import main
 
     os.chdir(folder)
@@ -177,7 +183,7 @@ def _malformed(count: int, folder: Path) -> Outcome:
             *([f"{case.key} is not named"] if case.key not in line else []),
             *(["it printed something"] if out.getvalue() else []),
             *(["something ran"] if Path("executed").exists() or Path("runs").exists() else []),
-            *([f"{seconds:.1f} s"] if seconds >= SECONDS else []),
+            *([f"{seconds:.1f} s"] if timed and seconds >= SECONDS else []),
         ]
         results.append(f"{case.name}: {', '.join(faults)}: {line.strip()[:200]}" if faults else None)
     Path("malformed.json").write_text(json.dumps(said, indent=1))

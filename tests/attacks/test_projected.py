@@ -103,14 +103,14 @@ def by_hand(network: Logistic, clean: Array, *, norm: str, eps: float, steps: in
 def test_every_step_is_that_of_an_independent_implementation(space: Ball, norm: str, toy: Logistic, small: Tensor) -> None:
     seen: list[Tensor] = []
     toy.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
-    ProjectedAttack(HingeLoss(), space=space, steps=25)(toy, small, ledger=LEDGER)
+    ProjectedAttack(HingeLoss(), space=space, steps=40)(toy, small, ledger=LEDGER)
     found = torch.stack(seen).flatten(2).double().numpy()
     assert len(found) == 41
     halvings = []
     for image in range(len(small)):
         clean = small[image].flatten().double().numpy()
         # ceil of 40 times 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99
-        points, count = by_hand(toy, clean, norm=norm, eps=space.eps, steps=25, checkpoints=[9, 17, 23, 28, 32, 35, 38])
+        points, count = by_hand(toy, clean, norm=norm, eps=space.eps, steps=40, checkpoints=[9, 17, 23, 28, 32, 35, 38])
         halvings.append(count)
         # Here float32, there float64: the sign of a gradient near zero may differ, and a step halved once too often would show everywhere.
         assert (np.abs(found[:, image] - np.stack(points)) > 1e-4).mean() < 0.01

@@ -72,7 +72,7 @@ OTHER: dict[type[Attack], dict[str, list[Any]]] = {
     ILFO: {"thresholds": [[0.4, 0.5], [0.4, 0.6]], "gamma": [1.0], "steps": [9], "lr": [0.1], "keep": ["best"], "decision": ["hard"]},
     GradAuto: {"strength": [0.5], "steps": [9], "lr": [0.1], "keep": ["best"], "decision": ["hard"]},
     ProjectedAttack: {
-        "loss": [PowerLoss(), HingeLoss(0.2), CheapestGateLoss(), CheapestGateLoss(0.2)],
+        "loss": [PowerLoss(), HingeLoss(), HingeLoss(0.2), CheapestGateLoss(0.2)],
         "direction": [ConflictMasking(), Joint()],
         "space": [LinfBall(0.1), L2Ball(0.1)],
         "steps": [9],

@@ -36,6 +36,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.delenv("GATEWATT_TRACEBACK", raising=False)
     (tmp_path / "small.yaml").write_text(RESUMABLE)
     before = signal.getsignal(signal.SIGINT)
+    # Tests may run in the background, where Ctrl+C is ignored and stays so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     # Lightning ignores further interrupts while it shuts down.
     signal.signal(signal.SIGINT, before)

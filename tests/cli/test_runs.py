@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
@@ -16,9 +17,14 @@ from gatewatt.recipes import load_recipes
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "first.yaml").write_text(BASE)
+    before = signal.getsignal(signal.SIGINT)
+    # Tests may run in the background, where Ctrl+C is ignored and stays so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gatewatt.attacks.base import Attack, AttackResult, BestIterate, described_part, image_gradient, image_noise, refuse_broken
 from gatewatt.attacks.directions import ComplexityOnly, Direction
-from gatewatt.attacks.losses import GateLoss, HingeLoss, OutputLoss
+from gatewatt.attacks.losses import CheapestGateLoss, GateLoss, OutputLoss
 from gatewatt.attacks.saturation import unsaturated
 from gatewatt.attacks.spaces import Ball, LinfBall
 from gatewatt.flops import FlopsLedger
@@ -28,7 +28,7 @@ class ProjectedAttack(Attack):
     Gradients are those of :func:`~gatewatt.attacks.saturation.unsaturated` scores.
 
     Args:
-        loss: what the steps follow (default :class:`~gatewatt.attacks.losses.HingeLoss`).
+        loss: what the steps follow (default :class:`~gatewatt.attacks.losses.CheapestGateLoss`).
         direction: how the gradient is chosen; anything but the plain gradient needs a loss over gates.
         space: the ball (default L-inf 8/255).
         steps: iterations; one forward and one input-gradient each.
@@ -56,7 +56,7 @@ class ProjectedAttack(Attack):
         super().__init__(decision=decision, name=name)
         if steps < 1 or restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1, got {steps} and {restarts}")
-        self.loss, self.direction, self.space = loss or HingeLoss(), direction or ComplexityOnly(), space or LinfBall()
+        self.loss, self.direction, self.space = loss or CheapestGateLoss(), direction or ComplexityOnly(), space or LinfBall()
         if not isinstance(self.loss, GateLoss) and type(self.direction) is not ComplexityOnly:
             raise ValueError(f"direction {type(self.direction).__name__} needs a loss over gates, got {type(self.loss).__name__}")
         self.steps, self.restarts, self.seed = steps, restarts, seed
@@ -89,7 +89,7 @@ class ProjectedAttack(Attack):
         # Since the last checkpoint: how often the loss fell. At the last checkpoint: the lowest loss, and whether the step was halved.
         falls, since = torch.zeros(count, device=images.device), 0
         lowest_before, halved_before = lowest, torch.ones(count, dtype=torch.bool, device=images.device)
-        last_loss = -lowest
+        last_loss = -lowest  # the start is no fall
         for step in range(self.steps):
             loss, gradient = self._evaluate(network, images, delta, ledger, best, offset + step)
             falls, last_loss = falls + (loss < last_loss).float(), loss
