@@ -15,18 +15,22 @@ from pathlib import Path
 from benchmarks.promises.base import NotMeasured, Outcome, complaints, differences, environment, finish, start, tally
 from benchmarks.promises.resume import prepare
 
+FOREGROUND = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
+"""Runs a command with Ctrl+C as a terminal has it, whatever this process ignores."""
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def stops(count: int, folder: Path) -> Outcome:
-    """SIGTERM and SIGINT ``count`` times each at random moments, then a full disk, a read-only one, and a temporary folder on another one."""
+    """SIGTERM and SIGINT ``count`` times each at random moments, and to two processes; a full disk, a read-only one, a temporary folder elsewhere."""
     prepare(folder)
     results = [stopped(number, index, folder) for index in range(count) for number in SIGNALS]
+    results += both_stopped(folder)
+    note = f"{len(SIGNALS) * count} signals to one process, {len(SIGNALS)} to two"
     try:
         results += disks(folder)
-        note = f"{len(SIGNALS) * count} signals; a full disk, a read-only disk and a full temporary folder on file systems made for it"
+        note += "; a full disk, a read-only disk and a full temporary folder on file systems made for it"
     except NotMeasured as reason:
-        note = f"{len(SIGNALS) * count} signals; disks not measured: {reason}"
+        note += f"; disks not measured: {reason}"
     return tally(results, note)
 
 
@@ -54,6 +58,39 @@ def stopped(number: signal.Signals, index: int, folder: Path) -> str | None:
         found = differences(folder / "runs" / "whole", run) if code == 0 else [f"exit code {code} of the resumed run"]
         return f"{name}: {'; '.join(found)}" if found else None
     return f"{name}: never met the run at work"
+
+
+def both_stopped(folder: Path) -> list[str | None]:
+    """Stop a run of two processes, by SIGTERM to the first and by Ctrl+C to both, and resume it."""
+
+    def command(name: str, log: Path) -> subprocess.Popen[bytes]:
+        # The clean warm-up trains no gates.
+        strategy = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"]
+        arguments = ["fit", "-c", "small.yaml", "--run", name, "--resume", "auto", *strategy]
+        stream = log.open("ab")
+        # A process group of their own, as a terminal would give them, and signals as they are in one.
+        line = [sys.executable, "-c", FOREGROUND, sys.executable, "-m", "gatewatt", *arguments]
+        return subprocess.Popen(line, cwd=folder, env=environment(), stdout=stream, stderr=stream, start_new_session=True)
+
+    if command("two", folder / "two.log").wait(600) != 0:
+        return [f"two processes: {(folder / 'two.log').read_text()[-500:]}"]
+    results: list[str | None] = []
+    for number, expected in SIGNALS.items():
+        name = f"two-{number.name.lower()}"
+        run, log = folder / "runs" / name, folder / f"{name}.log"
+        process = command(name, log)
+        while not (run / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        code = process.wait(300)
+        if code != expected or log.read_text().count("resume with: gatewatt fit") != 1:
+            results.append(f"{name}: exit code {code}, expected {expected}; {log.read_text()[-300:]}")
+            continue
+        code = command(name, log).wait(600)
+        found = differences(folder / "runs" / "two", run) if code == 0 else [f"exit code {code} of the resumed run"]
+        results.append(f"{name}: {'; '.join(found)}" if found else None)
+    return results
 
 
 def disks(folder: Path) -> list[str | None]:

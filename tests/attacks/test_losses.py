@@ -53,6 +53,11 @@ def hinge_by_formula(lam: Column, score: Column, tau: Column, margin: float) -> 
     return [sum(lam[i] * max(logit(tau[b, i]) + margin - logit(score[b, i]), 0) for i in range(len(lam))) for b in range(len(score))]
 
 
+def smooth_by_formula(lam: Column, score: Column, tau: Column, margin: float, t: float) -> list[float]:
+    short = [[logit(tau[b, i]) + margin - logit(score[b, i]) for i in range(len(lam))] for b in range(len(score))]
+    return [sum(lam[i] * t * math.log(1 + math.exp(row[i] / t)) for i in range(len(lam))) for row in short]
+
+
 def cheapest_by_formula(lam: Column, score: Column, tau: Column, scale: float) -> list[float]:
     distances = [[max(logit(tau[b, i]) - logit(score[b, i]), 0) for i in range(len(lam))] for b in range(len(score))]
     return [sum(lam[i] * math.log(1 + row[i] / scale) for i in range(len(lam))) for row in distances]
@@ -67,10 +72,25 @@ FORMULAS = [
     (ComplexityLoss(LEVELS), levels_by_formula),
     (HingeLoss(), lambda lam, score, tau: hinge_by_formula(lam, score, tau, 0.1)),
     (HingeLoss(0.0), lambda lam, score, tau: hinge_by_formula(lam, score, tau, 0.0)),
+    (HingeLoss(0.5, 1.0), lambda lam, score, tau: smooth_by_formula(lam, score, tau, 0.5, 1.0)),
+    (HingeLoss(0.2, 0.3), lambda lam, score, tau: smooth_by_formula(lam, score, tau, 0.2, 0.3)),
     (CheapestGateLoss(), lambda lam, score, tau: cheapest_by_formula(lam, score, tau, 0.01)),
     (CheapestGateLoss(2.0), lambda lam, score, tau: cheapest_by_formula(lam, score, tau, 2.0)),
 ]
-NAMES = ["Eq. 6", "Eq. 7", "Eq. 7, alpha 2.5", "Eq. 8", "alphas", "levels", "hinge", "hinge, no margin", "cheapest", "cheapest, wide"]
+NAMES = [
+    "Eq. 6",
+    "Eq. 7",
+    "Eq. 7, alpha 2.5",
+    "Eq. 8",
+    "alphas",
+    "levels",
+    "hinge",
+    "hinge, no margin",
+    "hinge, smooth",
+    "hinge, a little smooth",
+    "cheapest",
+    "cheapest, wide",
+]
 
 
 @pytest.mark.parametrize(("loss", "formula"), FORMULAS, ids=NAMES)
@@ -179,8 +199,9 @@ def test_a_power_below_1_is_refused_wherever_it_stands(alpha: float) -> None:
 
 @pytest.mark.parametrize("distance", [-0.1, float("nan"), float("inf")])
 def test_margin_and_scale_are_distances(distance: float) -> None:
-    with pytest.raises(ValueError, match="margin must be finite and at least 0, got"):
-        HingeLoss(distance)
+    for values in ((distance, 0.0), (0.5, distance)):
+        with pytest.raises(ValueError, match="margin and temperature must be finite and at least 0, got"):
+            HingeLoss(*values)
     with pytest.raises(ValueError, match="scale must be finite and positive, a distance in logits, got"):
         CheapestGateLoss(distance)
 

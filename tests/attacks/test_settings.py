@@ -72,7 +72,7 @@ OTHER: dict[type[Attack], dict[str, list[Any]]] = {
     ILFO: {"thresholds": [[0.4, 0.5], [0.4, 0.6]], "gamma": [1.0], "steps": [9], "lr": [0.1], "keep": ["best"], "decision": ["hard"]},
     GradAuto: {"strength": [0.5], "steps": [9], "lr": [0.1], "keep": ["best"], "decision": ["hard"]},
     ProjectedAttack: {
-        "loss": [PowerLoss(), HingeLoss(), HingeLoss(0.2), CheapestGateLoss(0.2)],
+        "loss": [PowerLoss(), HingeLoss(), HingeLoss(0.2), HingeLoss(0.2, 1.0), CheapestGateLoss(0.2)],
         "direction": [ConflictMasking(), Joint()],
         "space": [LinfBall(0.1), L2Ball(0.1)],
         "steps": [9],
@@ -128,5 +128,5 @@ def test_a_part_of_ones_own_is_described_too() -> None:
             self.levels, self.inner, self.note, self.table = levels, inner, note, {"a": (1, 2)}
 
     described = EnergyAttack(Weighted([0.1, 0.2], HingeLoss(0.0))).settings["loss"]
-    inner = {"kind": "HingeLoss", "margin": 0.0}
-    assert described == {"kind": "Weighted", "margin": 0.1, "levels": [0.1, 0.2], "inner": inner, "table": {"a": [1, 2]}}
+    inner = {"kind": "HingeLoss", "margin": 0.0, "temperature": 0.0}
+    assert described == {"kind": "Weighted", "margin": 0.1, "temperature": 0.0, "levels": [0.1, 0.2], "inner": inner, "table": {"a": [1, 2]}}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gatewatt.gating import DynamicOutput, GateTable
 
@@ -108,21 +109,23 @@ class HingeLoss(GateLoss):
     """Open what is closed by its distance in logits: ``sum lambda_i max(z_tau + m - z_i, 0)``, z the logit of the score.
 
     The power loss multiplies the slope of a score by G^(alpha - 1), and both vanish for a firmly closed gate; in logits they do not. Where a
-    score underflows to 0, the slope of the sigmoid itself is gone: :func:`~gatewatt.attacks.saturation.unsaturated` brings it back. A smooth
-    hinge would go on pulling at gates that are open.
+    score underflows to 0, the slope of the sigmoid itself is gone: :func:`~gatewatt.attacks.saturation.unsaturated` brings it back.
 
     Args:
         margin: m, how far beyond its threshold a gate is pushed, in logits.
+        temperature: T of a smooth hinge ``T softplus((z_tau + m - z_i) / T)``, which goes on pulling at gates that are open; 0 for the hinge itself.
     """
 
-    def __init__(self, margin: float = 0.1) -> None:
-        if not 0 <= margin < math.inf:
-            raise ValueError(f"margin must be finite and at least 0, got {margin}")
-        self.margin = float(margin)
+    def __init__(self, margin: float = 0.1, temperature: float = 0.0) -> None:
+        if not 0 <= margin < math.inf or not 0 <= temperature < math.inf:
+            raise ValueError(f"margin and temperature must be finite and at least 0, got {margin} and {temperature}")
+        self.margin, self.temperature = float(margin), float(temperature)
 
     def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
         """The hinge per image, shape (B,)."""
-        return (weights * torch.relu(self.margin - gate_margin(table))).sum(1)
+        short = self.margin - gate_margin(table)
+        hinge = self.temperature * functional.softplus(short / self.temperature) if self.temperature else torch.relu(short)
+        return (weights * hinge).sum(1)
 
 
 class CheapestGateLoss(GateLoss):

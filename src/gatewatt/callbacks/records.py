@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,5 +117,13 @@ def show(summary: dict[str, Any]) -> None:
         ["speed", f"{summary['images_per_second']:.2f} images per second"],
     ]
     attack = summary["attack"]
-    title = f"{summary['network']['name']} on {summary['dataset']} under {attack['name']} (gamma {attack['gamma']:g}, {attack['steps']} steps)"
+    # A penalised attack has a gamma, one within a ball a radius, noise no steps.
+    strength = [f"{name} {value:g}" for name, value in (("gamma", attack.get("gamma")), ("eps", radius(attack))) if value is not None]
+    strength += [f"{attack['steps']} steps"] if "steps" in attack else []
+    title = f"{summary['network']['name']} on {summary['dataset']} under {attack['name']} ({', '.join(strength)})"
     print_table(title, ["figure", "value"], rows, caption="1 MAC = 1 FLOP, means per image; recovery is the ratio of sums; levels are 8-bit.")
+
+
+def radius(attack: Mapping[str, Any]) -> float | None:
+    """Radius of the ball that an attack's settings name, on the [0, 1] scale; None without a ball."""
+    return attack.get("eps", attack.get("space", {}).get("eps"))

@@ -121,7 +121,8 @@ class Stop(L.Callback):
         self.noted = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            say("stopping after this step; once more stops at once")
+            if process_rank() == 0:
+                say("stopping after this step; once more stops at once")
 
     def _agreed(self, trainer: L.Trainer) -> int:
         """The signal that any process received, or 0."""
