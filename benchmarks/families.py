@@ -97,7 +97,7 @@ def main() -> None:
         "# Checkpoints of all families",
         "",
         "Rendered by `python benchmarks/families.py` from the records beside this page. *Dense* is the accuracy of the same weights with every",
-        "gate open (ManiDP's says little: its weights were fitted with masks). FLOPs are MACs; *sd* and *at full* are over images, *routes' FLOPs*",
+        "gate open (ManiDP's and SACT's say little: it is another function). FLOPs are MACs; *sd* and *at full* are over images, *routes' FLOPs*",
         "counts different FLOPs. Recovery is that of GradMDM as each summary says; images and attack differ between rows where summaries do.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
