@@ -65,7 +65,7 @@ def row(folder: Path) -> list[str]:
         f"{100 * summary['accuracy_clean']:.1f} %",
         f"{100 * dense:.1f} %",
         f"{100 * shares.mean():.1f} % of {summary['flops_dense'] / 1e6:.2f}M",
-        f"{100 * shares.std():.1f} %",
+        f"{100 * summary['flops_clean_std'] / summary['flops_dense']:.1f} %",
         f"{100 * (shares == 1).double().mean():.1f} %",
         str(len(shares.unique())),
         "-" if recovery is None else f"{recovery:.1f} %",

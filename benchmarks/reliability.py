@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -50,7 +51,7 @@ ROWS = {
     1: Row("ledger = fvcore trace = dispatcher / 2 = hooks, on forced random gate patterns", "flops.routes", 1000, 12),
     2: Row("a batch that really skips equals masking: gates, logits to 1e-6, and the ledger's FLOPs", "flops.skipped", 1000, 12),
     3: Row("SIGKILL at random moments of energy-adversarial training: the resumed run ends byte-identical", "resume.kills", 100, 2),
-    4: Row("resume from every step's checkpoint over an epoch boundary, 0 and 2 workers: identical weights", "resume.every_step", 23, 2),
+    4: Row("resume from every step's checkpoint over an epoch boundary, 0 and 2 workers: identical weights", "resume.every_step", 24, 2),
     5: Row("SIGTERM, SIGINT, full disk, read-only disk, temporary folder elsewhere: saved, said, exit 143, 130, 1", "stops.stops", 10, 1),
     6: Row("2 processes = 1 process, to the last image; fewer images than processes refused in one line", "processes.evaluation", 50, 4),
     7: Row("malformed recipes: one line with file and key, exit code 2, nothing runs", "recipes.malformed", 100, 16),
@@ -61,7 +62,7 @@ ROWS = {
     12: Row("self-checks: gradients alive, decisions repeatable, the attack stronger than noise of its size", "attacks.checked", 100, 4),
     13: Row("shipped weights give the figures of their cards again, to two decimals", "cards.repeated", 100, 1),
     14: Row("the same recipe twice: the same weights, bit for bit", "resume.repeated", 5, 1),
-    15: Row("torchrun restarts after a rank was killed, and ends identical", "resume.torchrun", 5, 1),
+    15: Row("torchrun restarts after a rank was killed, and ends identical; so does a run of two agents", "resume.torchrun", 5, 1),
     16: Row("quick answers without torch; the test suite with the network off", "offline.offline", 100, 1),
     17: Row("every figure of the README's results stands in a result file", "readme.figures", 10_000, 10_000),
 }
@@ -96,14 +97,13 @@ def measure(row: int, count: int, *, data: Path | None = None) -> dict[str, Any]
         try:
             outcome = test(count, Path(folder), **({"data": data} if row == 13 else {}))
         except NotMeasured as reason:
-            facts |= {"kept": None, "held": 0, "of": 0, "note": f"not measured: {reason}", "failures": []}
+            facts |= {"kept": None, "held": 0, "of": 0, "note": f"not measured: {reason}", "failures": [], "missing": ""}
         # The other rows go on; this one did not hold.
         except Exception as error:
             note = f"the test itself ended with {type(error).__name__}"
-            facts |= {"kept": False, "held": 0, "of": 1, "note": note, "failures": [str(error)[-2000:]]}
+            facts |= {"kept": False, "held": 0, "of": 1, "note": note, "failures": [traceback.format_exc()[-3000:]], "missing": ""}
         else:
-            failures = list(outcome.failures)
-            facts |= {"kept": outcome.kept, "held": outcome.held, "of": outcome.of, "note": outcome.note, "failures": failures}
+            facts |= {"kept": outcome.kept, **outcome._asdict(), "failures": list(outcome.failures)}
     versions = {package: version(package) for package in ("torch", "lightning", "fvcore")}
     machine = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
     return {**facts, "seconds": round(time.monotonic() - begun, 1), "commit": commit(), "machine": machine}
@@ -128,6 +128,8 @@ def table(records: dict[int, dict[str, Any]]) -> str:
             continue
         held = f"**{record['held']}**" if record["kept"] is False else str(record["held"])
         trials = "full" if record["count"] >= entry.full else f"{record['count']} of {entry.full}"
+        # Records of earlier versions do not say it.
+        trials += f", without {record['missing']}" if record.get("missing") else ""
         note = record["note"] + (f"; first failure: {record['failures'][0]}" if record["failures"] else "")
         note = note.replace("|", "\\|").replace("\n", " ")[:400]
         if record["kept"] is None:

@@ -24,6 +24,7 @@ FLOORS = {
     "data": 2,
     "tasks": 3,
     "callbacks": 3,
+    "diagnosis": 3,
     "reports": 4,
     "cli": 5,
     "__main__": 6,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def untouched(count: int, folder: Path) -> Outcome:
 
 
 def _untouched(count: int, folder: Path) -> Outcome:
+    import numpy as np
     import torch
     from lightning.pytorch import Trainer
 
@@ -81,7 +83,7 @@ def _untouched(count: int, folder: Path) -> Outcome:
             "frozen parts": {name: p.requires_grad for name, p in network.named_parameters()},
             "modes": {name: (id(module), module.training) for name, module in network.named_modules()},
             "hooks": {name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in network.named_modules()},
-            "random state": torch.get_rng_state().numpy().tobytes(),
+            "random state": (torch.get_rng_state().numpy().tobytes(), repr(np.random.get_state()), random.getstate()),  # noqa: NPY002 - the global one
             "modes of torch": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -64,27 +65,29 @@ class Outcome(NamedTuple):
         of: how often it was put to the test.
         note: figures worth keeping, in one line.
         failures: what went wrong, one line each.
+        missing: what is promised and cannot be put to the test here; empty where nothing is missing.
     """
 
     held: int
     of: int
     note: str = ""
     failures: tuple[str, ...] = ()
+    missing: str = ""
 
     @property
     def kept(self) -> bool:
         """Whether it held every time."""
-        return self.held == self.of > 0
+        return self.held == self.of > 0 and not self.failures
 
 
 class NotMeasured(Exception):
     """A promise cannot be put to the test here; the message says what is missing."""
 
 
-def tally(results: Sequence[str | None], note: str = "") -> Outcome:
+def tally(results: Sequence[str | None], note: str = "", *, missing: str = "") -> Outcome:
     """An outcome from one entry per trial: None where the promise held, otherwise what went wrong."""
     failures = tuple(result for result in results if result is not None)
-    return Outcome(len(results) - len(failures), len(results), note, failures)
+    return Outcome(len(results) - len(failures), len(results), note, failures, missing)
 
 
 # ---- processes ----
@@ -126,6 +129,8 @@ def _command(arguments: Sequence[str], folder: Path, log: Path, changes: dict[st
     _redirect(log)
     os.chdir(folder)
     os.environ.update(changes)
+    # As a terminal has it: a job in the background is started with Ctrl+C ignored, and so is everything that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["gatewatt", *arguments]
     sys.exit(main(arguments))
 

@@ -48,15 +48,20 @@ def _routes(count: int, folder: Path) -> Outcome:
     from gatewatt.flops import compare_routes, price, random_patterns
 
     results: list[str | None] = []
-    names = []
+    notes = []
     for name, network, size, passes in subjects(count):
         image = pictures(1, size, seed=1)
         ledger = price(network, image)
-        names.append(f"{name} ({passes})")
+        counts = set()
         for index, pattern in enumerate(random_patterns(network, image, passes, seed=1)):
             route = compare_routes(network, pictures(1, size, seed=index), ledger, pattern)
             results.append(None if route.agree else f"{name}, pattern {index}: {route}")
-    return tally(results, ", ".join(names))
+            counts.add(route.traced)
+        # A pattern that is not obeyed would agree with itself all the same: a network with two exits has three counts, others about one per pattern.
+        if passes > 1 and len(counts) == 1:
+            results.append(f"{name}: {passes} random patterns cost the same")
+        notes.append(f"{name} {passes} patterns, {len(counts)} costs")
+    return tally(results, "; ".join(notes))
 
 
 def skipped(count: int, folder: Path) -> Outcome:
@@ -72,7 +77,9 @@ def _skipped(count: int, folder: Path) -> Outcome:
 
     results: list[str | None] = []
     largest = 0.0
+    names = []
     for name, network, size, passes in subjects(count):
+        names.append(f"{name} {passes}")
         ledger = price(network, pictures(1, size, seed=0))
         for index in range(passes):
             batch = pictures(BATCHES[index % len(BATCHES)], size, seed=index)
@@ -84,8 +91,8 @@ def _skipped(count: int, folder: Path) -> Outcome:
                     with ExecutionMeter(network, ledger) as meter:
                         return masked, network(batch, "skipped"), meter.total
 
-            # Every other batch by its own decisions, the others by forced ones, which reach patterns that training never shows.
-            if index % 2:
+            # Batches of every size by their own decisions, and by forced ones, which reach patterns that training never shows.
+            if (index // len(BATCHES)) % 2:
                 with forced(network, pattern):
                     masked, really, ran = both()
                     dispatched = audit_dispatched(network, batch)
@@ -102,4 +109,5 @@ def _skipped(count: int, folder: Path) -> Outcome:
                 *([f"costs {sorted(costs)}"] if len(costs) > 1 else []),
             ]
             results.append(f"{name}, batch {index} of {len(batch)}: {', '.join(faults)}" if faults else None)
-    return tally(results, f"largest difference of logits {largest:.1e} of the largest logit, float32; costs by ledger, hooks and dispatcher")
+    note = f"largest difference of logits {largest:.1e} of the largest logit, float32; costs by ledger, hooks and dispatcher; batches of 1 to 16: "
+    return tally(results, note + ", ".join(names))

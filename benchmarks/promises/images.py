@@ -139,9 +139,11 @@ def tensors(torch: Any) -> list[str | None]:
         images[1, 0, 5, 5] = value
         batch = Batch(images, torch.zeros(3, dtype=torch.long), torch.arange(3))
         sound = batch._replace(images=torch.rand(3, 3, 32, 32))
-        broken = SkipNet(8, width=4).eval()
+        broken, blind = SkipNet(8, width=4).eval(), SkipNet(8, width=4).eval()
         broken.trunk.head.weight.data[0, 0] = value
-        for what, network, given in (("pixels", SkipNet(8, width=4).eval(), batch), ("weights", broken, sound)):
+        # A gate that compares with a score of NaN says no, so the network would look superbly efficient.
+        next(blind.gating.parameters()).data.fill_(float("nan"))
+        for what, network, given in (("pixels", SkipNet(8, width=4).eval(), batch), ("weights", broken, sound), ("scores", blind, sound)):
             attacked = EnergyAttackEvaluation(network, GradMDM(steps=1), channels_last=False)
             trained = DynamicTraining(network, channels_last=False)
             network.eval()

@@ -37,15 +37,16 @@ def offline(count: int, folder: Path, *, timed: bool = True) -> Outcome:
     note = f"slowest quick answer {slowest:.2f} s, fit --help-all {full:.1f} s"
     apart = isolation()
     if apart is None:
-        return tally(results, f"{note}; tests without network not measured: no network namespace")
+        return tally(results, note, missing="the tests: no network namespace")
     what = ["src", "tests"] if count >= 100 else list(FEW)
     # Two processes talk to each other in some tests, so this machine's own address stays up.
     inner = ["sh", "-c", 'ip link set lo up; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command = [*apart, *inner, *(["-n", "2"] if count >= 100 else []), f"--basetemp={folder / 'pytest'}", *what]
     changes = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
     answer = subprocess.run(command, cwd=ROOT, env=changes, capture_output=True, text=True, timeout=7200, check=False)
-    summary = answer.stdout.strip().splitlines()[-1] if answer.stdout.strip() else answer.stderr[-300:]
-    results.append(None if answer.returncode == 0 else f"tests without network: {summary}")
+    lines = answer.stdout.strip().splitlines() or [answer.stderr[-300:]]
+    summary, failed = lines[-1], [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    results.append(None if answer.returncode == 0 else f"tests without network: {summary}; {'; '.join(failed)[:2000]}")
     passed = re.search(r"\d+ passed", summary)
     return tally(results, f"{note}; {passed[0] if passed else summary} with the network off")
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def evaluation(count: int, folder: Path) -> Outcome:
     note = f"2 to {count} images, batches of {' and '.join(map(str, BATCHES))}; one image refused"
     if count >= 7:
         results += [command(folder, 7), refused(folder)]
-        note += "; the same by `gatewatt test --trainer.devices 2`"
+        note += "; the same by `gatewatt test --trainer.devices 2`, by Lightning and by torchrun"
     return tally(results, note)
 
 
@@ -138,14 +140,18 @@ trainer: {{accelerator: cpu, enable_progress_bar: false}}
 
 
 def command(folder: Path, images: int) -> str | None:
-    """``gatewatt test`` on one device and on two, as a user starts them."""
+    """``gatewatt test`` on one device and on two, as a user starts them: the second process by Lightning, and both by torchrun."""
     recipe(folder, images)
-    for devices in ("1", "2"):
-        answer = gatewatt(["test", "-c", "attack.yaml", "--run", f"devices-{devices}", "--trainer.devices", devices], folder)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gatewatt", "--"]
+    ways = {"one": ("1", ["-m", "gatewatt"]), "two": ("2", ["-m", "gatewatt"]), "torchrun": ("2", launcher)}
+    for run, (devices, start) in ways.items():
+        line = [sys.executable, *start, "test", "-c", "attack.yaml", "--run", run, "--trainer.devices", devices]
+        answer = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False)
         if answer.returncode != 0:
-            return f"gatewatt test on {devices} devices: exit code {answer.returncode}: {answer.stderr[-500:]}"
-    rows = [(folder / "runs" / f"devices-{devices}" / "records.csv").read_bytes() for devices in (1, 2)]
-    return None if rows[0] == rows[1] else "gatewatt test: records of one and two devices differ"
+            return f"gatewatt test, {run}: exit code {answer.returncode}: {answer.stderr[-500:]}"
+    rows = {run: (folder / "runs" / run / "records.csv").read_bytes() for run in ways}
+    differing = [run for run in ways if rows[run] != rows["one"]]
+    return f"gatewatt test: other records than on one device: {', '.join(differing)}" if differing else None
 
 
 def refused(folder: Path) -> str | None:

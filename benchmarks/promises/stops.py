@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from benchmarks.promises.base import NotMeasured, Outcome, complaints, differences, environment, finish, start, tally
-from benchmarks.promises.resume import prepare
+from benchmarks.promises.resume import prepare, wait_for
 
 FOREGROUND = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
 """Runs a command with Ctrl+C as a terminal has it, whatever this process ignores."""
@@ -22,27 +22,26 @@ SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 def stops(count: int, folder: Path) -> Outcome:
     """SIGTERM and SIGINT ``count`` times each at random moments, and to two processes; a full disk, a read-only one, a temporary folder elsewhere."""
-    prepare(folder)
-    results = [stopped(number, index, folder) for index in range(count) for number in SIGNALS]
+    training = prepare(folder).training
+    results = [stopped(number, index, folder, training) for index in range(count) for number in SIGNALS]
     results += both_stopped(folder)
-    note = f"{len(SIGNALS) * count} signals to one process, {len(SIGNALS)} to two"
+    note, missing = f"{len(SIGNALS) * count} signals to one process, {len(SIGNALS)} to two", ""
     try:
         results += disks(folder)
         note += "; a full disk, a read-only disk and a full temporary folder on file systems made for it"
     except NotMeasured as reason:
-        note += f"; disks not measured: {reason}"
-    return tally(results, note)
+        missing = f"disks: {reason}"
+    return tally(results, note, missing=missing)
 
 
-def stopped(number: signal.Signals, index: int, folder: Path) -> str | None:
-    """Send one signal in the middle of training, and resume with the command that is printed."""
+def stopped(number: signal.Signals, index: int, folder: Path, training: float) -> str | None:
+    """Send one signal at a random moment of the ``training`` seconds that the run works, and resume with the command that is printed."""
     name, chance = f"{number.name.lower()}-{index}", random.Random(f"{number.name} {index}")
     for attempt in range(20):
         run, log = folder / "runs" / f"{name}-{attempt}", folder / f"{name}-{attempt}.log"
         process = start(["fit", "-c", "small.yaml", "--run", run.name, "--resume", "auto"], folder, log)
-        while not (run / "metrics.jsonl").exists() and process.exitcode is None:
-            time.sleep(0.01)
-        process.join(chance.uniform(0, 1))
+        wait_for(run / "metrics.jsonl", process, None)
+        process.join(chance.uniform(0, training))
         if process.exitcode is not None:
             continue  # it was over before it could be stopped
         assert process.pid is not None

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gatewatt import attacks, networks
+    from gatewatt import attacks, defenses, networks
+    from gatewatt.diagnosis import doctor
     from gatewatt.flops import FlopsLedger, audit, price
     from gatewatt.gating import GateHook, HookedNetwork
     from gatewatt.networks.checkpoint import load
@@ -25,12 +26,13 @@ _HOMES = {
     "GateHook": "gatewatt.gating",
     "HookedNetwork": "gatewatt.gating",
     "audit": "gatewatt.flops",
+    "doctor": "gatewatt.diagnosis",
     "load": "gatewatt.networks.checkpoint",
     "price": "gatewatt.flops",
 }
-_MODULES = ("attacks", "networks")
+_MODULES = ("attacks", "defenses", "networks")
 
-__all__ = ["FlopsLedger", "GateHook", "HookedNetwork", "__version__", "attacks", "audit", "load", "networks", "price"]
+__all__ = ["FlopsLedger", "GateHook", "HookedNetwork", "__version__", "attacks", "audit", "defenses", "doctor", "load", "networks", "price"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,10 +13,10 @@ from tests.attacks.test_untouched import state
 from tests.toys import Logistic
 from torch import Tensor, nn
 
-from gatewatt.attacks import AutoEnergy, DeepSloth, L2Ball, LinfBall, ProjectedAttack, UniformExitsLoss
+from gatewatt.attacks import AutoEnergy, DeepSloth, L2Ball, LinfBall, ProjectedAttack, UniformExitsLoss, UniformHaltingLoss
 from gatewatt.attacks.base import image_noise
 from gatewatt.flops import FlopsLedger
-from gatewatt.gating import Charge, DynamicNetwork, DynamicOutput, Execution, Gate, decision_named, exit_score
+from gatewatt.gating import Charge, DynamicNetwork, DynamicOutput, Execution, Gate, GateTable, decision_named, exit_score, gate_table
 
 
 class Exits(DynamicNetwork):
@@ -123,8 +123,8 @@ def test_every_step_is_that_of_an_independent_implementation(norm: Any, steps: i
 
 
 def test_the_defaults_are_the_releases() -> None:
-    assert DeepSloth().settings == {"name": "DeepSloth", "norm": "linf", "steps": 30, "eps": 0.03125, "seed": 0, "decision": None}
-    assert DeepSloth("l2").settings == {"name": "DeepSloth", "norm": "l2", "steps": 550, "eps": 1.0, "seed": 0, "decision": None}
+    assert DeepSloth().settings == {"name": "DeepSloth", "norm": "linf", "target": "exits", "steps": 30, "eps": 0.03125, "seed": 0, "decision": None}
+    assert DeepSloth("l2").settings == {"name": "DeepSloth", "norm": "l2", "target": "exits", "steps": 550, "eps": 1.0, "seed": 0, "decision": None}
 
 
 def test_exits_become_undecided_and_images_go_on(network: Exits, small: Tensor) -> None:
@@ -165,7 +165,7 @@ def test_the_network_is_as_it_was_and_the_seed_matters(norm: Any, network: Exits
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_network_without_exits_is_refused(norm: Any, small: Tensor) -> None:
-    with pytest.raises(ValueError, match="DeepSloth attacks early exits, and this network returns none; use an attack on gates"):
+    with pytest.raises(ValueError, match="DeepSloth attacks early exits, and this network returns none; use target='halting' or an attack on gates"):
         DeepSloth(norm)(Logistic().eval(), small, ledger=toys.LEDGER)
 
 
@@ -187,6 +187,7 @@ def test_a_nan_gradient_is_refused_and_its_image_named(small: Tensor) -> None:
     ("settings", "message"),
     [
         ({"norm": "l1"}, "norm must be linf or l2, got 'l1'"),
+        ({"target": "ponder"}, "target must be exits or halting, got 'ponder'"),
         ({"steps": 0}, "steps must be at least 1 and eps finite and positive, got 0 and 0.03125"),
         ({"eps": 0.0}, "steps must be at least 1 and eps finite and positive, got 30 and 0.0"),
         ({"eps": float("inf")}, "eps finite and positive, got 30 and inf"),
@@ -195,6 +196,37 @@ def test_a_nan_gradient_is_refused_and_its_image_named(small: Tensor) -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeepSloth(**settings)
+
+
+# ---- the substitute for networks without exits ----
+
+
+def test_undecided_gates_are_on_their_thresholds() -> None:
+    score = torch.rand(6, 4, dtype=torch.float64).mul(0.98).add(0.01).requires_grad_()
+    level = torch.tensor([0.5, 0.5, 0.3, 0.8], dtype=torch.float64)
+    table = GateTable(score, level.expand(6, 4), torch.zeros(6, 4))
+    found = UniformHaltingLoss()(table, torch.ones(4))
+    # Cross entropy against (1/2, 1/2) of the two-way softmax whose logits are 0 and the distance from the threshold in log-odds.
+    odds = (score / (1 - score)) / (level / (1 - level))
+    expected = -0.5 * ((odds / (1 + odds)).log() + (1 / (1 + odds)).log()).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(found.sum(), score)
+    assert torch.equal(gradient > 0, score > level)
+    on_it = UniformHaltingLoss()(GateTable(level.expand(6, 4), level.expand(6, 4), torch.zeros(6, 4)), torch.ones(4))
+    torch.testing.assert_close(on_it, torch.full((6,), 4 * math.log(2), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.2), ("l2", 2.0)])
+def test_the_substitute_attacks_gates_and_says_what_it_is(norm: Any, eps: float, small: Tensor) -> None:
+    attack, network = DeepSloth(norm, target="halting", steps=110, eps=eps), Logistic().eval()
+    found = attack(network, small, ledger=toys.LEDGER).images
+    with torch.no_grad():
+        before, after = (gate_table(network(x).gates).score for x in (small, found))
+    assert (after - 0.5).abs().mean() < 0.6 * (before - 0.5).abs().mean()
+    assert attack.settings["name"] == attack.name == "DeepSloth-uniform-halting"
+    assert repr(attack).startswith("DeepSloth-uniform-halting(")
+    alone = attack(network, small[4:5], ledger=toys.LEDGER).images[0]
+    torch.testing.assert_close(alone, found[4], rtol=0, atol=1e-6)
 
 
 # ---- the same loss and network in the other attacks ----

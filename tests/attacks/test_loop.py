@@ -158,6 +158,7 @@ def test_the_defaults_are_the_papers() -> None:
         "keep": "last",
         "decision": None,
         "prediction_weight": 0.0,
+        "weighing": "flops",
         "loss": {"kind": "PowerLoss", "alpha": 4.0},
         "direction": {"kind": "ConflictMasking"},
         "space": {"kind": "TanhSpace", "margin": 1e-4},

@@ -20,6 +20,7 @@ from gatewatt.attacks import (
     EnergyAttack,
     GradAuto,
     GradMDM,
+    GradMDMReleased,
     L2Ball,
     LinfBall,
     Noise,
@@ -71,6 +72,7 @@ ATTACKS = [
     GradMDM(steps=3, keep="best", decision="straight_through"),
     EnergyAttack(steps=2, space=LinfBall(8 / 255)),
     GradMDM(steps=2, prediction_weight=1.0),
+    GradMDMReleased(steps=3),
     ILFO(steps=2),
     GradAuto(steps=2),
     ProjectedAttack(steps=2, restarts=2, decision="straight_through"),
@@ -79,7 +81,7 @@ ATTACKS = [
     Noise("gaussian"),
     AutoEnergy(steps=1),
 ]
-IDS = ["last", "best", "ball", "prediction", "ilfo", "gradauto", "projected", "cheapest", "square", "noise", "auto"]
+IDS = ["last", "best", "ball", "prediction", "released", "ilfo", "gradauto", "projected", "cheapest", "square", "noise", "auto"]
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=IDS)

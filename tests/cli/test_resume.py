@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
@@ -96,6 +97,16 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(monkeypatch: pytest.
     assert main([*FIT, "--run", "whole"]) == 0
     for step in (1, 2, 3, 5):
         killed_at(step, "killed", monkeypatch)
+    assert main([*FIT, "--run", "killed", "--resume", "auto"]) == 0
+    assert ended("killed") == ended("whole")
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_averaged_weights_and_mixed_batches_are_taken_up_too(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    averaged = RESUMABLE + "    - class_path: gatewatt.callbacks.WeightAverage\n      init_args: {decay: 0.8}\n"
+    Path("small.yaml").write_text(averaged.replace("    objective:\n", "    mixing: {mixup: 0.4}\n    objective:\n"))
+    assert main([*FIT, "--run", "whole"]) == 0
+    killed_at(step, "killed", monkeypatch)
     assert main([*FIT, "--run", "killed", "--resume", "auto"]) == 0
     assert ended("killed") == ended("whole")
 
@@ -243,6 +254,21 @@ def test_a_checkpoint_of_lightning_itself_fits_by_its_tensors(checkpoint: str) -
     del content["gatewatt"]
     torch.save(content, "plain.ckpt")
     assert main([*FIT, "--run", "b", "--ckpt_path", "plain.ckpt"]) == 0
+
+
+def test_another_number_of_processes_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    kept: dict[str, Any] = {}
+    watcher, module = trainer.RunFolder(Path("runs/small"), "seed_everything: 0"), L.LightningModule()
+
+    def on(processes: int) -> Any:
+        return SimpleNamespace(world_size=processes, is_global_zero=True, state=SimpleNamespace(fn="fit"))
+
+    watcher.on_save_checkpoint(on(4), module, kept)
+    watcher.on_load_checkpoint(on(4), module, kept)
+    watcher.on_load_checkpoint(on(1), module, {})
+    assert capsys.readouterr().err == ""
+    watcher.on_load_checkpoint(on(1), module, kept)
+    assert capsys.readouterr().err.startswith("gatewatt: going on with 1 instead of 4 processes: ")
 
 
 # ---- being asked to stop ----

@@ -11,7 +11,7 @@ import torch
 from tests.contracts.zoo import FAMILIES, OBJECTIVES, sample, settled
 from torch import Tensor
 
-from gatewatt.attacks import EnergyAttack, HingeLoss, L2Ball, ProjectedAttack
+from gatewatt.attacks import EnergyAttack, HingeLoss, L2Ball, LinfBall, ProjectedAttack, SquareSearch, under_attack
 from gatewatt.flops import FlopsLedger, compare_routes, price, random_patterns
 from gatewatt.gating import DynamicNetwork, DynamicOutput, Gate, check_finite, forced, gate_table, split_output
 from gatewatt.networks import ManiDP, ShallowDeep
@@ -144,6 +144,18 @@ def test_an_attack_raises_the_flops(network: DynamicNetwork, ledger: FlopsLedger
             spent = ledger(network(adversarial, "skipped").gates)
         assert spent.mean() > clean.mean(), attack
         assert bool((spent >= clean).all()), attack
+
+
+def test_skipping_works_while_the_network_is_under_attack(network: DynamicNetwork, ledger: FlopsLedger) -> None:
+    # The searches and the ensemble judge their images by a pass that skips, while BatchNorm is folded away.
+    with torch.no_grad():
+        before = network(sample(), "skipped")
+    with under_attack(network), torch.no_grad():
+        during = network(sample(), "skipped")
+        torch.testing.assert_close(during.logits, before.logits, rtol=1e-4, atol=1e-4)
+    spent = SquareSearch(space=LinfBall(0.1), steps=2)(network, sample(), ledger=ledger).images
+    with torch.no_grad():
+        assert bool((ledger(network(spent, "skipped").gates) >= ledger(before.gates)).all())
 
 
 def test_autocast_leaves_scores_in_float32(network: DynamicNetwork) -> None:

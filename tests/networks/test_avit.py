@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gatewatt.flops import ExecutionMeter, compare_routes, price, random_patterns
 from gatewatt.gating import accumulate, advance, check_finite, forced, gate_table, go_on_score, start_halting
 from gatewatt.networks.avit import AViT, halting_center, pack
+from gatewatt.networks.vit import positions_at
 
 DEPTH, TOKENS = 4, 17
 
@@ -411,9 +412,9 @@ def test_other_resolutions_interpolate_the_positions(network: AViT) -> None:
         masked, skipped = network(images), network(images, "skipped")
         assert masked.gates["layer2"].score.shape == (2, tokens)
         torch.testing.assert_close(masked.logits, skipped.logits, rtol=1e-4, atol=1e-5)
-    assert torch.equal(network.positions(4, 4), network.pos_embed)
+    assert torch.equal(positions_at((4, 4), network.pos_embed, (4, 4)), network.pos_embed)
     network.pos_embed.data[:, 1:] = 0.25
-    torch.testing.assert_close(network.positions(3, 7)[:, 1:], torch.full((1, 21, 12), 0.25))
+    torch.testing.assert_close(positions_at((3, 7), network.pos_embed, (4, 4))[:, 1:], torch.full((1, 21, 12), 0.25))
 
 
 def test_images_that_patches_do_not_tile_are_refused(network: AViT) -> None:
@@ -443,6 +444,7 @@ def test_the_arguments_rebuild_the_network(network: AViT) -> None:
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"gate_scale": 0.0}, "gate_scale must be positive"),
         ({"eps": 1.0}, r"eps in \(0, 1\)"),
+        ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
     ],
 )
 def test_a_network_that_does_not_exist_is_refused(arguments: dict[str, object], message: str) -> None:

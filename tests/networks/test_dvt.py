@@ -551,7 +551,7 @@ def test_every_parameter_but_idle_ones_has_a_gradient_and_training_lowers_the_lo
 
 def test_blocks_are_dropped_in_training_only_and_more_of_the_late_ones(images: Tensor) -> None:
     network = tiny(depth=3, drop_path=0.5)
-    assert [block.drop_path for block in network.stages[1].blocks] == [0, 0.25, 0.5]
+    assert [block.drop_path.p for block in network.stages[1].blocks] == [0, 0.25, 0.5]
     with torch.no_grad():
         assert torch.equal(network(images).exits, network(images).exits)
         network.train()
@@ -560,7 +560,7 @@ def test_blocks_are_dropped_in_training_only_and_more_of_the_late_ones(images: T
         assert torch.equal(still.train()(images).exits, still.eval()(images).exits)
         block = network.stages[1].blocks[2]
         branch = torch.ones(2000, 4, 5)
-        kept = block._kept(branch)
+        kept = block.drop_path(branch)
     assert kept.unique().tolist() == [0, 2]
     assert bool((kept.flatten(1).amin(1) == kept.flatten(1).amax(1)).all()), "an image is dropped whole or not at all"
     assert kept.mean().item() == pytest.approx(1, abs=0.15)

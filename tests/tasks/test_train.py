@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from gatewatt.data import Mixing
 from gatewatt.flops import FlopsLedger, audit, price
 from gatewatt.gating import DynamicOutput
 from gatewatt.networks import SkipNet
@@ -84,6 +85,27 @@ def test_dense_training_runs_every_block_and_leaves_the_gates_alone(tmp_path: Pa
     assert moved == {"trunk"}
     with pytest.raises(ValueError, match="execution must be masked or dense"):
         DynamicTraining(network, execution="skipped")  # type: ignore[arg-type]
+
+
+def test_mixed_batches_are_what_the_objective_sees_and_depend_on_the_step_alone(tmp_path: Path) -> None:
+    class Seen(ComputeTarget):
+        def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:
+            seen.append(labels)
+            return super().__call__(output, labels, ledger)
+
+    weights = []
+    for _ in range(2):
+        seen: list[Tensor] = []
+        task = DynamicTraining(skipnet(), Seen(0.7), Optimization(lr=0.01), mixing=Mixing())
+        torch.rand(len(weights))  # what was drawn before the run must not matter
+        trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(task, digits())
+        weights.append(task.network.trunk.head.weight)
+    assert torch.equal(*weights)
+    assert all(labels.shape == (16, 10) and labels.sum(1).tolist() == pytest.approx([1] * 16) for labels in seen)
+    assert any(bool(((labels > 0) & (labels < 1)).any()) for labels in seen)
+    plain = DynamicTraining(skipnet(), ComputeTarget(0.7), Optimization(lr=0.01))
+    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(plain, digits())
+    assert not torch.equal(plain.network.trunk.head.weight, weights[0])
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])

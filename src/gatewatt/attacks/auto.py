@@ -9,12 +9,13 @@ from torch import Tensor
 
 from gatewatt.attacks.base import Attack, AttackResult, BestIterate, BrokenGradientError, NoGradientError
 from gatewatt.attacks.directions import ConflictMasking
+from gatewatt.attacks.lattice import LatticeBall
 from gatewatt.attacks.losses import CheapestGateLoss, HingeLoss, PowerLoss
 from gatewatt.attacks.projected import ProjectedAttack
 from gatewatt.attacks.search import SquareSearch
 from gatewatt.attacks.spaces import Ball, L2Ball, LinfBall
 from gatewatt.flops import FlopsLedger
-from gatewatt.gating import DynamicNetwork
+from gatewatt.gating import DynamicNetwork, measuring_execution
 
 MEMBERS = ("hinge", "power-cgm", "cheapest", "straight-through", "square")
 """Names of the members, in the order they run."""
@@ -57,9 +58,10 @@ class AutoEnergy(Attack):
         norm: ``linf`` or ``l2``.
         eps: radius on the [0, 1] scale; None for 4/255 (``linf``) or 0.5 (``l2``).
         steps: iterations of each member with a gradient; the random search has twice as many queries, of a forward pass each.
+        lattice: among 8-bit images alone (:class:`~gatewatt.attacks.LatticeBall`), so that saving the images changes nothing.
     """
 
-    def __init__(self, norm: Literal["linf", "l2"] = "linf", eps: float | None = None, *, steps: int = 100) -> None:
+    def __init__(self, norm: Literal["linf", "l2"] = "linf", eps: float | None = None, *, steps: int = 100, lattice: bool = False) -> None:
         super().__init__()
         if norm not in ("linf", "l2"):
             raise ValueError(f"norm must be linf or l2, got {norm!r}")
@@ -67,13 +69,16 @@ class AutoEnergy(Attack):
             raise ValueError(f"steps must be at least 1, got {steps}")
         eps = eps if eps is not None else {"linf": 4 / 255, "l2": 0.5}[norm]
         space: Ball = LinfBall(eps) if norm == "linf" else L2Ball(eps)
-        self.norm, self.eps, self.steps = norm, space.eps, steps
+        if lattice:
+            space = LatticeBall(space)
+        self.norm, self.eps, self.steps, self.lattice = norm, space.eps, steps, lattice
         self.members = {name: member(name, space, steps) for name in MEMBERS}
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
-        return {"name": self.name, "norm": self.norm, "eps": self.eps, "steps": self.steps, "decision": None, "members": list(MEMBERS)}
+        plain = {key: getattr(self, key) for key in ("norm", "eps", "steps", "lattice", "decision")}
+        return {"name": self.name, **plain, "members": list(MEMBERS)}
 
     def __repr__(self) -> str:
         return f"AutoEnergy({self.norm}, eps={self.eps:g}, steps={self.steps})"
@@ -102,4 +107,4 @@ class AutoEnergy(Attack):
     @staticmethod
     def _spent(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger) -> Tensor:
         with torch.no_grad():
-            return ledger(network(images, "skipped").gates)
+            return ledger(network(images, measuring_execution(network)).gates)

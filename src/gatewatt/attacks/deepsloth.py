@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gatewatt.attacks.base import Attack, AttackResult, image_gradient, image_noise, refuse_broken
-from gatewatt.attacks.losses import UniformExitsLoss
+from gatewatt.attacks.losses import OutputLoss, UniformExitsLoss, UniformHaltingLoss
 from gatewatt.attacks.spaces import Ball, L2Ball, LinfBall, image_norm, unit_length
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import DynamicNetwork, check_finite, gate_table
+
+TARGETS: dict[str, Callable[[], OutputLoss]] = {"exits": UniformExitsLoss, "halting": UniformHaltingLoss}
 
 
 class DeepSloth(Attack):
@@ -23,8 +26,13 @@ class DeepSloth(Attack):
     to 0.35 at the end. The release takes the mean of the loss over the batch, so that its L2 steps depend on the batch size; here every image
     has its own. The last iterate is returned, as there.
 
+    Networks whose exits have no classifiers (SACT, A-ViT), or that have no exits, cannot be attacked by it. For them ``target="halting"`` runs the
+    same schedules on a loss of this package (:class:`~gatewatt.attacks.UniformHaltingLoss`), named ``DeepSloth-uniform-halting`` in every
+    record: a substitute, not DeepSloth.
+
     Args:
         norm: ``linf`` or ``l2``.
+        target: what is made undecided: ``exits``, or as a substitute every gate's decision between going on and ``halting``.
         steps: iterations (30 for L-inf, 550 for L2); the L2 radius shrinks in eleven equal parts of them.
         eps: radius at the start (8/256 for L-inf, 1 for L2).
         seed: of the random start, which depends on it and on the image alone.
@@ -33,8 +41,18 @@ class DeepSloth(Attack):
         ValueError: for a value out of range; on use, if the network has no exits.
     """
 
-    def __init__(self, norm: Literal["linf", "l2"] = "linf", *, steps: int | None = None, eps: float | None = None, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        norm: Literal["linf", "l2"] = "linf",
+        *,
+        target: Literal["exits", "halting"] = "exits",
+        steps: int | None = None,
+        eps: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if target not in TARGETS:
+            raise ValueError(f"target must be {' or '.join(TARGETS)}, got {target!r}")
+        super().__init__(name="DeepSloth" if target == "exits" else "DeepSloth-uniform-halting")
         if norm not in ("linf", "l2"):
             raise ValueError(f"norm must be linf or l2, got {norm!r}")
         steps = steps if steps is not None else {"linf": 30, "l2": 550}[norm]
@@ -42,15 +60,15 @@ class DeepSloth(Attack):
         if steps < 1 or not 0 < eps < math.inf:
             raise ValueError(f"steps must be at least 1 and eps finite and positive, got {steps} and {eps}")
         self.norm, self.steps, self.eps, self.seed = norm, steps, eps, seed
-        self.loss = UniformExitsLoss()
+        self.target, self.loss = target, TARGETS[target]()
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
-        return {"name": self.name, **{key: getattr(self, key) for key in ("norm", "steps", "eps", "seed", "decision")}}
+        return {"name": self.name, **{key: getattr(self, key) for key in ("norm", "target", "steps", "eps", "seed", "decision")}}
 
     def __repr__(self) -> str:
-        return f"DeepSloth({self.norm}, eps={self.eps:g}, steps={self.steps})"
+        return f"{self.name}({self.norm}, eps={self.eps:g}, steps={self.steps})"
 
     def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
         """Step by step, in the ball of its norm."""

@@ -1,20 +1,21 @@
 """From gate losses to an image gradient: joint, complexity only, or with complexity gradient masking.
 
 Pan et al., "GradMDM" (TPAMI 2023), Sec. 4.3, Eqs. 8-12, at the input and per image. The authors' release masks inside the backward pass
-instead, per layer.
+instead, per layer: :mod:`gatewatt.attacks.layerwise`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from gatewatt.attacks.losses import FinishedLoss, GateLoss
 from gatewatt.attacks.spaces import unit_length
-from gatewatt.gating import GateTable
+from gatewatt.gating import DynamicNetwork, GateTable
 
 TINY = 1e-12
 """Below this norm the gradient of the open gates counts as absent: no gate is open, so none can be shielded."""
@@ -63,6 +64,11 @@ class Direction(ABC):
             gradient: see :data:`Gradient`; images never interact, so summing over the batch keeps gradients per image.
         """
 
+    @contextmanager
+    def attached(self, network: DynamicNetwork) -> Iterator[Direction]:
+        """The direction as it follows the passes of ``network`` within the block: itself, unless it has to watch them."""
+        yield self
+
 
 class ComplexityOnly(Direction):
     """The gradient of the loss on closed gates alone (Eqs. 6 and 7)."""
@@ -105,6 +111,12 @@ class UnitLength(Direction):
 
     def __init__(self, inner: Direction | None = None) -> None:
         self.inner = inner or ConflictMasking()
+
+    @contextmanager
+    def attached(self, network: DynamicNetwork) -> Iterator[Direction]:
+        """The attached inner direction, scaled."""
+        with self.inner.attached(network) as inner:
+            yield UnitLength(inner)
 
     def __call__(self, loss: GateLoss, table: GateTable, weights: Tensor, gradient: Gradient) -> Tensor:
         """As many backward passes as the inner direction; an all-zero gradient stays zero."""

@@ -39,6 +39,7 @@ class EnergyAttack(Attack):
             test-time decisions pass no gradient (the release attacks them as they are).
         prediction_weight: weight of the squared distance of the logits from the clean ones, which keeps the prediction (the release's 1e5, with
             a squared error summed over the image); its gradient is not masked. 0 leaves it out; otherwise it costs one more input-gradient.
+        weighing: of the units in every loss: by the ``flops`` each can save (lambda, Sec. 4.4), or all ``equal`` (the releases).
         name: label in records and tables.
 
     Raises:
@@ -59,8 +60,11 @@ class EnergyAttack(Attack):
         keep: Literal["last", "best"] = "last",
         decision: Literal["straight_through", "hard"] | None = None,
         prediction_weight: float = 0.0,
+        weighing: Literal["flops", "equal"] = "flops",
         name: str | None = None,
     ) -> None:
+        if weighing not in ("flops", "equal"):
+            raise ValueError(f"weighing must be flops or equal, got {weighing!r}")
         if not 0 <= prediction_weight < math.inf:
             raise ValueError(f"prediction_weight must be finite and at least 0, got {prediction_weight}")
         if not 0 <= gamma < math.inf:
@@ -76,13 +80,15 @@ class EnergyAttack(Attack):
         super().__init__(decision=decision, name=name)
         self.loss, self.direction, self.space = loss or PowerLoss(), direction or ConflictMasking(), space or TanhSpace()
         self.gamma, self.reduction, self.steps, self.warmup, self.lr = gamma, reduction, steps, warmup, lr
-        self.keep, self.prediction_weight = keep, prediction_weight
+        self.keep, self.prediction_weight, self.weighing = keep, prediction_weight, weighing
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
         described = {"loss": described_part(self.loss), "direction": described_part(self.direction), "space": described_part(self.space)}
-        plain = {key: getattr(self, key) for key in ("gamma", "reduction", "steps", "warmup", "lr", "keep", "decision", "prediction_weight")}
+        plain = {
+            key: getattr(self, key) for key in ("gamma", "reduction", "steps", "warmup", "lr", "keep", "decision", "prediction_weight", "weighing")
+        }
         return {"name": self.name, **plain, **described}
 
     def __repr__(self) -> str:
@@ -90,13 +96,17 @@ class EnergyAttack(Attack):
 
     def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
         """Adam on ``delta``, step by step."""
+        with self.direction.attached(network) as direction:
+            return self._descend(network, images, ledger, direction)
+
+    def _descend(self, network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, masked: Direction) -> AttackResult:
         anchor = self.space.encode(images)
         delta = torch.zeros_like(images)
         optimizer = torch.optim.Adam([delta], self.lr)
         best = BestIterate(images) if self.keep == "best" else None
         warm = round(self.warmup * self.steps)
         # gamma times the gradient of the squared error is `pull * (x' - x)`, times the space's chain rule.
-        pull = 2 * self.gamma / (images[0].numel() if self.reduction == "mean" else 1)
+        pull = 2 * self.gamma / (images[0].numel() if self.reduction == "mean" else 1) / self.space.unit(images) ** 2
         weights: Tensor | None = None
         clean_logits: Tensor | None = None
         if self.prediction_weight:
@@ -109,6 +119,8 @@ class EnergyAttack(Attack):
             if weights is None:
                 check_finite(output)
                 weights = (ledger.weights(output.gates) * table.score.shape[1]).to(table.score)
+                if self.weighing == "equal":
+                    weights = torch.ones_like(weights)
             if best is not None:
                 best.offer(adversarial, ledger(output.gates), step)
             position = adversarial.detach()
@@ -116,7 +128,7 @@ class EnergyAttack(Attack):
             def gradient(loss: Tensor, more: bool, at: Tensor = adversarial, position: Tensor = position) -> Tensor:
                 return self.space.pullback(position, image_gradient(loss, at, more=more))
 
-            loss, direction = (ComplexityLoss(), ComplexityOnly()) if step < warm else (self.loss, self.direction)
+            loss, direction = (ComplexityLoss(), ComplexityOnly()) if step < warm else (self.loss, masked)
             kept = 0.0 if clean_logits is None else gradient(self.prediction_weight * (output.logits - clean_logits).square().sum(1), True)
             delta.grad = direction(loss, table, weights, gradient) + kept + self.space.pullback(position, pull * (position - images))
             optimizer.step()

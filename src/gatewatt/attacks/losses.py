@@ -105,6 +105,44 @@ class FinishedLoss(GateLoss):
         return -(weights * torch.maximum(table.score, table.threshold)).sum(1)
 
 
+class NormLoss(GateLoss):
+    """The p-norm in place of the sum of powers: ``-(sum lambda_i min(G_i, tau)^p)^(1/p)``, what GradMDM's release minimises instead of Eq. 7.
+
+    Of the same direction as :class:`PowerLoss` with alpha = p, and of another length: it does not fade as p grows.
+
+    Args:
+        p: at least 1; 3.5 in the release.
+    """
+
+    def __init__(self, p: float = 3.5) -> None:
+        if not 1 <= p < math.inf:
+            raise ValueError(f"p must be finite and at least 1, got {p}")
+        self.p = float(p)
+
+    def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
+        """Minus the norm of what the closed gates have reached, shape (B,)."""
+        return -weighted_norm(torch.minimum(table.score, table.threshold), weights, self.p)
+
+
+class FinishedNormLoss(GateLoss):
+    """The p-norm of what open gates lack: ``(sum lambda_i (1 - max(G_i, tau))^p)^(1/p)``, what GradMDM's release protects instead of Eq. 8.
+
+    With p = 50 only gates that are just open count, with p = 0.35 those that are surely open above all.
+
+    Args:
+        p: positive; 50 in the release for a network trained with HRL, 0.35 for one trained with SP.
+    """
+
+    def __init__(self, p: float = 0.35) -> None:
+        if not 0 < p < math.inf:
+            raise ValueError(f"p must be finite and positive, got {p}")
+        self.p = float(p)
+
+    def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
+        """The norm, shape (B,)."""
+        return weighted_norm(1 - torch.maximum(table.score, table.threshold), weights, self.p)
+
+
 class HingeLoss(GateLoss):
     """Open what is closed by its distance in logits: ``sum lambda_i max(z_tau + m - z_i, 0)``, z the logit of the score.
 
@@ -159,10 +197,24 @@ class UniformExitsLoss(OutputLoss):
     def of(self, output: DynamicOutput, table: GateTable, weights: Tensor) -> Tensor:
         """Sum over exits of the mean over classes of -log softmax, shape (B,)."""
         if output.exits is None:
-            raise ValueError("DeepSloth attacks early exits, and this network returns none; use an attack on gates")
+            raise ValueError("DeepSloth attacks early exits, and this network returns none; use target='halting' or an attack on gates")
         early = output.exits[:, :-1]
         # In float32 or better, also under autocast.
         return -(early if early.dtype == torch.float64 else early.float()).log_softmax(2).mean(2).sum(1)
+
+
+class UniformHaltingLoss(GateLoss):
+    """DeepSloth's idea where there are no exits: cross entropy of every decision, to go on or to halt, against the uniform distribution.
+
+    A substitute of this package, not a published loss: DeepSloth is undefined without classifiers at the exits. A gate counts as an exit with two
+    classes, of probability sigmoid(m) and sigmoid(-m) at a distance of m logits beyond its threshold, so the minimum is on the threshold,
+    where a gate runs. Gates count alike, as exits do.
+    """
+
+    def __call__(self, table: GateTable, weights: Tensor) -> Tensor:
+        """Sum over gates of ``(softplus(m) + softplus(-m)) / 2``, shape (B,)."""
+        margin = gate_margin(table)
+        return (functional.softplus(margin) + functional.softplus(-margin)).sum(1) / 2
 
 
 SMALLEST = 1e-30
@@ -175,6 +227,11 @@ def gate_margin(table: GateTable) -> Tensor:
     # The value is clamped, the slope stays: a clamp's own gradient is zero exactly where firmly closed gates are.
     score = score + (score.clamp(SMALLEST, 1 - 1e-6) - score).detach()
     return torch.log(score) - torch.log1p(-score) - torch.logit(table.threshold)
+
+
+def weighted_norm(values: Tensor, weights: Tensor, p: float) -> Tensor:
+    """``(sum w_i v_i^p)^(1/p)`` of non-negative values (B, N), shape (B,); where it is 0, so is its gradient."""
+    return torch.linalg.vector_norm(weights ** (1 / p) * values, p, dim=1)
 
 
 def per_unit(values: Sequence[float], table: GateTable, argument: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gatewatt.attacks.base import Attack, AttackResult, described_part, image_noise
-from gatewatt.attacks.spaces import Ball, L2Ball, LinfBall, unit_length
+from gatewatt.attacks.spaces import Ball, LinfBall, unit_length
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import DynamicNetwork
 
@@ -54,6 +54,6 @@ class Noise(Attack):
         return AttackResult(self.space.image(images, delta), torch.ones(len(images), dtype=torch.int64, device=images.device))
 
     def _sized(self, direction: Tensor) -> Tensor:
-        if isinstance(self.space, L2Ball):
+        if self.space.order == 2:
             return self.space.eps * unit_length(direction)
         return self.space.eps * direction / (2 if self.kind == "gaussian" else 1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gatewatt.attacks.base import Attack, AttackResult, BestIterate, described_part, image_generator
-from gatewatt.attacks.spaces import Ball, L2Ball, LinfBall, unit_length
+from gatewatt.attacks.spaces import Ball, LinfBall, unit_length
 from gatewatt.flops import FlopsLedger
-from gatewatt.gating import DynamicNetwork
+from gatewatt.gating import DynamicNetwork, measuring_execution
 
 
 class SquareSearch(Attack):
@@ -46,20 +46,20 @@ class SquareSearch(Attack):
     def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
         """Query by query."""
         stripes, places, colours = self._draw(images)
-        best = BestIterate(images)
+        best, execution = BestIterate(images), measuring_execution(network)
         with torch.no_grad():
-            best.offer(images, ledger(network(images, "skipped").gates), 0)
+            best.offer(images, ledger(network(images, execution).gates), 0)
             delta, spent = torch.zeros_like(images), best.flops
             for step in range(1, self.steps + 1):
                 if step == 1:
                     proposed = self.space.eps * stripes.expand_as(images)
                 else:
                     proposed = self._square(delta, places[:, step - 1], colours[:, step - 1], self._side(images, step))
-                if isinstance(self.space, L2Ball):
+                if self.space.order == 2:
                     proposed = self.space.eps * unit_length(proposed)
                 proposed = self.space.restrict(images, proposed)
                 perturbed = self.space.image(images, proposed)
-                flops = ledger(network(perturbed, "skipped").gates)
+                flops = ledger(network(perturbed, execution).gates)
                 taken = flops >= spent
                 delta, spent = torch.where(taken[:, None, None, None], proposed, delta), torch.where(taken, flops, spent)
                 best.offer(perturbed, flops, step)
@@ -83,7 +83,7 @@ class SquareSearch(Attack):
         rows, columns = (torch.arange(length, device=delta.device) for length in (height, width))
         inside_rows, inside_columns = (rows >= top) & (rows < top + side), (columns >= left) & (columns < left + side)
         level: float | Tensor = self.space.eps
-        if isinstance(self.space, L2Ball):
+        if self.space.order == 2:
             level = delta.abs().amax((1, 2, 3), keepdim=True).clamp_min(self.space.eps / math.sqrt(delta[0].numel()))
         return torch.where(inside_rows[:, None, :, None] & inside_columns[:, None, None, :], level * colour[:, :, None, None], delta)
 

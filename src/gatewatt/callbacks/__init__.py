@@ -1,5 +1,6 @@
-"""Lightning callbacks: calibration of thresholds, recovery during validation, FLOPs per gate, result files, training checkpoints."""
+"""Lightning callbacks: averaged weights, calibrated thresholds, recovery during validation, FLOPs per gate, result files, training checkpoints."""
 
+from gatewatt.callbacks.averaging import WeightAverage
 from gatewatt.callbacks.budget import ExitBudget
 from gatewatt.callbacks.export import ExportCheckpoint
 from gatewatt.callbacks.gates import GateReport
@@ -20,4 +21,5 @@ __all__ = [
     "RecoveryCallback",
     "ResultFiles",
     "SaliencyCalibration",
+    "WeightAverage",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
 
 from gatewatt.callbacks.records import versions
+from gatewatt.defenses import bare, described
 from gatewatt.networks.checkpoint import save
 from gatewatt.tasks.base import NetworkTask
 
@@ -45,8 +46,10 @@ class ExportCheckpoint(L.Callback):
             "versions": versions(),
             "license": "MIT",
             "validation": validation_figures(trainer),
+            # A file holds the network inside; behind the same defense it is again what was trained.
+            "defense": described(pl_module.network),
         }
-        save(pl_module.network, folder / f"{self.name}.safetensors", card=card)
+        save(bare(pl_module.network), folder / f"{self.name}.safetensors", card=card)
         print(f"wrote {folder / self.name}.safetensors and its card")
 
 

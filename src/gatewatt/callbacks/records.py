@@ -82,7 +82,6 @@ class ResultFiles(L.Callback):
             rows,
             **pl_module.describe(),
             dataset=getattr(data, "name", None),
-            defense=None,
             seed=getattr(data, "seed", None),
             wall_seconds=seconds,
             versions=versions(),

@@ -71,6 +71,20 @@ HELP = {
         "  --seed N           seed of images and patterns\n"
         "  Exit code 1 if any count differs.\n",
     ),
+    "doctor": Help(
+        "ask whether a network hides its gradient: is its robustness to be believed?",
+        "doctor (--checkpoint NAME | -c RECIPE) [--images N] [--steps N] [--norm linf|l2] [--eps R] [--source NAME]",
+        "  --checkpoint NAME  shipped name or .safetensors file; its own data set is used where no recipe names another\n"
+        "  -c FILE            recipe with a network or data, such as data/folder\n"
+        "  --data.root DIR    where the data set lies\n"
+        "  --images N         test images (default 100), a seeded choice\n"
+        "  --steps N          of the attack with gradients (default 50); the longest has five times as many\n"
+        "  --norm, --eps R    of the ball: linf or l2, and its radius in pixel values of 0 to 1 (default 8/255 or 1)\n"
+        "  --source NAME      checkpoint of a second network: adds the transfer attack\n"
+        "  --batch N          images side by side (default 50); --seed N: of noise and search; --device NAME: cpu or cuda\n"
+        "  --run NAME         folder runs/NAME for diagnosis.json (default: doctor-CHECKPOINT)\n"
+        "  Exit code 1 if a check fails.\n",
+    ),
     "report": Help(
         "render tables and figures from run folders",
         "report FOLDER [FOLDER ...] [-o report]",
@@ -96,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; that of the process by default.
 
     Returns:
-        Exit code: 0, 1 (an audit failed, or the disk took no more), 2 (one line on stderr says what is wrong), 130 or 143 (interrupted or
-        terminated).
+        Exit code: 0, 1 (an audit or a check of the doctor's failed, or the disk took no more), 2 (one line on stderr says what is wrong),
+        130 or 143 (interrupted or terminated).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--"]:
@@ -184,6 +198,8 @@ def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
     quiet()
     if verb in VERBS:
         from gatewatt.cli.trainer import run
+    elif verb == "doctor":
+        from gatewatt.cli.doctor import run
     else:
         from gatewatt.cli.meter import run
     return run(verb, recipe, rest)

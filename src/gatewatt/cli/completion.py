@@ -33,6 +33,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "predict": _EVALUATE,
     "price": ("--checkpoint", "--size"),
     "audit": ("--checkpoint", "--images", "--patterns", "--size", "--seed"),
+    "doctor": ("--checkpoint", "--source", "--images", "--steps", "--norm", "--eps", "--batch", "--seed", "--device", "--run", "--data.root"),
     "report": ("-o", "--title", "--formats", "--no-figures"),
 }
 """Verb -> flags offered; ``-c`` and ``--help`` come on top. The full list of fields is --help-all's."""
@@ -41,6 +42,8 @@ VALUES: Mapping[str, str] = {
     "--resume": "auto",
     "--trainer.accelerator": "auto cpu gpu",
     "--trainer.precision": "32-true bf16-mixed 16-mixed",
+    "--norm": "linf l2",
+    "--device": "cpu cuda",
     "--formats": "png svg png,svg",
 }
 
@@ -53,7 +56,7 @@ _gatewatt() {
     else
         case $previous in
             -c|--config) words='RECIPES'; files=1 ;;
-            --checkpoint|--model.checkpoint) words='CHECKPOINTS'; files=1 ;;
+            --checkpoint|--source|--model.checkpoint) words='CHECKPOINTS'; files=1 ;;
             --data.root|--ckpt_path|-o) files=1 ;;
 VALUES\
             *) case ${COMP_WORDS[1]} in
@@ -103,7 +106,7 @@ def fish(verbs: Mapping[str, str]) -> str:
             lines.append(f"{seen} -s c -l config -r -F -a {quoted(recipes)} -d recipe")
         for flag in flags:
             name = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
-            if flag in ("--checkpoint", "--model.checkpoint"):
+            if flag in ("--checkpoint", "--source", "--model.checkpoint"):
                 lines.append(f"{seen} {name} -r -F -a {quoted(checkpoints)}")
             elif flag in VALUES:
                 lines.append(f"{seen} {name} -x -a {quoted(VALUES[flag])}")

@@ -58,8 +58,9 @@ def make_parser(verb: str) -> ArgumentParser:
     parser.add_argument("--config", action="config")
     parser.add_argument("--checkpoint", type=str | None, default=None)
     parser.add_argument("--size", type=PositiveInt | None, default=None)
-    if verb == "audit":
+    if verb != "price":
         parser.add_subclass_arguments(LightningDataModule, "data", required=False)
+    if verb == "audit":
         parser.add_argument("--images", type=NonNegativeInt, default=100)
         parser.add_argument("--patterns", type=NonNegativeInt, default=100)
         parser.add_argument("--seed", type=NonNegativeInt, default=0)

@@ -78,9 +78,14 @@ def described(task: LightningModule) -> dict[str, Any] | None:
     return None if arguments is None else {"name": type(network).__name__, "arguments": dict(arguments)}
 
 
-def record(task: LightningModule, settings: dict[str, Any]) -> str:
+def record(task: LightningModule, settings: dict[str, Any], processes: int) -> str:
     """What a checkpoint keeps to be recognised by."""
-    return json.dumps({"network": described(task), "settings": settings}, default=str)
+    return json.dumps({"network": described(task), "settings": settings, "processes": processes}, default=str)
+
+
+def recorded(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`record` put into a checkpoint; nothing where Lightning alone wrote it."""
+    return json.loads(checkpoint[RECORD]) if isinstance(checkpoint.get(RECORD), str) else {}
 
 
 def check_fit(path: Path, task: LightningModule, settings: dict[str, Any], *, training: bool) -> None:
@@ -98,7 +103,7 @@ def check_fit(path: Path, task: LightningModule, settings: dict[str, Any], *, tr
         ValueError: in one line.
     """
     content = AtomicCheckpointIO().load_checkpoint(path, map_location="meta")
-    kept = json.loads(content[RECORD]) if isinstance(content.get(RECORD), str) else {}
+    kept = recorded(content)
     network = described(task)
     if kept.get("network") is not None and network is not None and kept["network"] != json.loads(json.dumps(network, default=str)):
         raise ValueError(f"{path} is of another network: {told(kept['network'])}, here it is {told(network)}; choose another --run or recipe")

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from gatewatt.callbacks import AtomicCheckpointIO, ExportCheckpoint
 from gatewatt.callbacks.saving import MetricsFile, stepped, validation_follows
 from gatewatt.cli.quiet import quiet
-from gatewatt.cli.resume import LENGTH, RECORD, Resumable, check_fit, last_checkpoint, record, result_of, resuming_command, say
+from gatewatt.cli.resume import LENGTH, RECORD, Resumable, check_fit, last_checkpoint, record, recorded, result_of, resuming_command, say
 from gatewatt.files import DISK, WriteFailed, sweep, write_text
 from gatewatt.recipes import Recipe, RecipeError
 
@@ -66,8 +66,17 @@ class RunFolder(L.Callback):
             write_text(self.folder / "recipe.yaml", self.recipe)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write down which network and settings the checkpoint belongs to."""
-        checkpoint[RECORD] = record(pl_module, yaml.safe_load(self.recipe))
+        """Write down which network, settings and number of processes the checkpoint belongs to."""
+        checkpoint[RECORD] = record(pl_module, yaml.safe_load(self.recipe), trainer.world_size)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say so if training goes on with another number of processes: they share the rest of the epoch out in another way."""
+        before = recorded(checkpoint).get("processes", trainer.world_size)
+        if trainer.state.fn == "fit" and trainer.is_global_zero and before != trainer.world_size:
+            say(
+                f"going on with {trainer.world_size} instead of {before} processes: another batch and learning rate in effect, and in the epoch at "
+                "work some images come up twice or not at all"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run that is longer than the schedule that came with its checkpoint."""
@@ -459,8 +468,8 @@ class RecipeCLI(LightningCLI):
         return header + yaml.safe_dump(settings, sort_keys=False)
 
 
-def check_classes(task: L.LightningModule, data: L.LightningDataModule | None) -> None:
-    """Raise unless the network has as many classes as the data."""
+def check_classes(task: object, data: L.LightningDataModule | None) -> None:
+    """Raise unless the network that ``task`` holds has as many classes as the data."""
     network = getattr(task, "network", None)
     classes = getattr(network, "arguments", {}).get("num_classes")
     there = getattr(data, "num_classes", None)

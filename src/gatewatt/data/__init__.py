@@ -4,6 +4,7 @@ from gatewatt.data.batch import Batch, BatchKey, Images
 from gatewatt.data.cifar import CIFAR10Data, CIFAR100Data
 from gatewatt.data.cub import CubData
 from gatewatt.data.digits import DigitsData
+from gatewatt.data.distortion import Distortion, Mixing
 from gatewatt.data.folder import FileImages, FolderData, read_image
 from gatewatt.data.loader import BatchLoader
 from gatewatt.data.memory import Augmentation, MemoryImages
@@ -20,10 +21,12 @@ __all__ = [
     "CIFAR100Data",
     "CubData",
     "DigitsData",
+    "Distortion",
     "FileImages",
     "FolderData",
     "ImageData",
     "Images",
     "MemoryImages",
+    "Mixing",
     "read_image",
 ]

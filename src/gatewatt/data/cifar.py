@@ -9,6 +9,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from gatewatt.data.batch import Images
+from gatewatt.data.distortion import Distortion
 from gatewatt.data.memory import Augmentation, MemoryImages
 from gatewatt.data.module import ImageData, Split
 
@@ -21,9 +22,10 @@ class CIFAR10Data(ImageData):
         download: fetch the files into ``root`` if they are missing, about 170 MB.
         batch_size: images per training batch and process.
         eval_batch_size: images per batch in validation, test and prediction.
-        workers: loader processes; the images are in memory, so 0 is fast.
+        workers: loader processes; the images are in memory, so 0 is fast but for a ``distortion``.
         crop_padding: black pixels around a training image before its random crop.
         flip: flip half of the training images.
+        distortion: further augmentation of the training images.
         val_images: images split off the training set for validation, stratified by class.
         val_subset: see :class:`~gatewatt.data.module.ImageData`.
         test_images: see :class:`~gatewatt.data.module.ImageData`.
@@ -49,6 +51,7 @@ class CIFAR10Data(ImageData):
         workers: int = 0,
         crop_padding: int = 4,
         flip: bool = True,
+        distortion: Distortion | None = None,
         val_images: int = 5000,
         val_subset: int | None = None,
         test_images: int | None = None,
@@ -69,7 +72,7 @@ class CIFAR10Data(ImageData):
         )
         self.root = Path(root)
         self.download = download
-        self.augmentation = Augmentation(crop_padding, flip)
+        self.augmentation = Augmentation(crop_padding, flip, distortion)
 
     @property
     def num_classes(self) -> int:

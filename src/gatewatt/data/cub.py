@@ -6,10 +6,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torchvision.transforms import v2
 
 from gatewatt.data.batch import Images
-from gatewatt.data.folder import FileImages, decode
+from gatewatt.data.distortion import Distortion
+from gatewatt.data.folder import FileImages, decode, streamed
 from gatewatt.data.memory import Augmentation, MemoryImages
 from gatewatt.data.module import ImageData, Split
 
@@ -48,6 +48,7 @@ class CubData(ImageData):
         workers: loader processes; worth it with ``in_memory=False``.
         crop_padding: padding of the random crop in memory.
         flip: flip half of the training images.
+        distortion: further augmentation of the training images.
         val_images: images split off the training images for validation, stratified by class.
         val_subset: see :class:`~gatewatt.data.module.ImageData`.
         test_images: see :class:`~gatewatt.data.module.ImageData`.
@@ -70,6 +71,7 @@ class CubData(ImageData):
         workers: int = 0,
         crop_padding: int = 4,
         flip: bool = True,
+        distortion: Distortion | None = None,
         val_images: int = 600,
         val_subset: int | None = None,
         test_images: int | None = None,
@@ -90,10 +92,9 @@ class CubData(ImageData):
         )
         self.root, self.in_memory = Path(root), in_memory
         if in_memory:
-            self.augmentation = Augmentation(crop_padding, flip)
+            self.augmentation = Augmentation(crop_padding, flip, distortion)
         else:
-            flips = [v2.RandomHorizontalFlip()] if flip else []
-            self.augmentation = v2.Compose([v2.RandomResizedCrop(size, antialias=True), *flips])
+            self.augmentation = streamed(size, flip, distortion)
 
     @cached_property
     def tables(self) -> dict[str, dict[int, str]]:

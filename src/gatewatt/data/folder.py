@@ -20,9 +20,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 
 from gatewatt.data.batch import Batch, BatchKey, Images
+from gatewatt.data.distortion import Distortion
 from gatewatt.data.memory import Augmentation, MemoryImages
 from gatewatt.data.module import ImageData, Split
-from gatewatt.data.order import generator
+from gatewatt.data.order import generator, lent
 
 DECODERS = 2  # threads that decode a set into memory; Pillow releases the interpreter lock while decoding
 READERS = 8  # threads that look at files without decoding them: they wait for the disk
@@ -264,11 +265,15 @@ class FileImages(Images):
         if self.augmentation is None:
             images = [resized(image, self.size, self.size * 256 // 224) for image in images]
         else:
-            # torchvision draws from the global generator: lend it a seeded one, and put the old state back.
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(generator(key.seed, "augmentation", key.epoch, key.number).get_state())
+            with lent(generator(key.seed, "augmentation", key.epoch, key.number)):
                 images = [self.augmentation(image) for image in images]
         return Batch(torch.stack([pixels(image) for image in images]).float().div_(255), self.labels[key.indices], key.indices)
+
+
+def streamed(size: int, flip: bool, distortion: Distortion | None) -> v2.Compose:
+    """Augmentation of images that are decoded batch by batch: random resized crop, flip, and what is wanted beyond."""
+    flips = [v2.RandomHorizontalFlip()] if flip else []
+    return v2.Compose([v2.RandomResizedCrop(size, antialias=True), *flips, *([] if distortion is None else [distortion])])
 
 
 class FolderData(ImageData):
@@ -291,6 +296,7 @@ class FolderData(ImageData):
         workers: loader processes; worth it with ``in_memory=False``.
         crop_padding: padding of the random crop in memory.
         flip: flip half of the training images.
+        distortion: further augmentation of the training images.
         val_images: images split off the training images where there is no ``val`` folder.
         val_subset: see :class:`~gatewatt.data.module.ImageData`.
         test_images: see :class:`~gatewatt.data.module.ImageData`.
@@ -324,6 +330,7 @@ class FolderData(ImageData):
         workers: int = 0,
         crop_padding: int = 4,
         flip: bool = True,
+        distortion: Distortion | None = None,
         val_images: int = 5000,
         val_subset: int | None = None,
         test_images: int | None = None,
@@ -352,10 +359,9 @@ class FolderData(ImageData):
         self.on_bad = on_bad
         self.left_out: dict[Split, list[str]] = {}
         if in_memory:
-            self.augmentation = Augmentation(crop_padding, flip)
+            self.augmentation = Augmentation(crop_padding, flip, distortion)
         else:
-            flips = [v2.RandomHorizontalFlip()] if flip else []
-            self.augmentation = v2.Compose([v2.RandomResizedCrop(size, antialias=True), *flips])
+            self.augmentation = streamed(size, flip, distortion)
 
     @cached_property
     def classes(self) -> list[str]:

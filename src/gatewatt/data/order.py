@@ -12,6 +12,7 @@ batches are dealt to the ranks in turn: dealing images instead changes who share
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import torch
@@ -31,6 +32,14 @@ def generator(*purpose: int | str) -> torch.Generator:
     """
     digest = blake2b(repr(purpose).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@contextmanager
+def lent(source: torch.Generator) -> Iterator[None]:
+    """Let the global CPU generator of torch, the only one that torchvision draws from, go on from ``source``; afterwards it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(source.get_state())
+        yield
 
 
 def process() -> tuple[int, int]:

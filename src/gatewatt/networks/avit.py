@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import StochasticDepth
 
 from gatewatt.gating import (
     Charge,
@@ -35,6 +36,7 @@ from gatewatt.gating import (
     start_halting,
 )
 from gatewatt.networks.layers import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, Normalize
+from gatewatt.networks.vit import attend, drop_paths, initialize_linear, positions_at, sequence
 
 Size = Literal["tiny", "small", "small-32"]
 
@@ -94,9 +96,7 @@ class MLP(PerToken):
 
 
 class AttentionProduct(nn.Module):
-    """softmax(Q K^T / sqrt(width)) V: what grows with the square of the tokens, as a module of its own because it is charged by that law.
-
-    Plain matrix products rather than fused attention, which torch's dispatcher counter does not count on every device.
+    """What grows with the square of the tokens, :func:`~gatewatt.networks.vit.attend`, as a module of its own because it is charged by that law.
 
     Args:
         heads: number of heads.
@@ -117,13 +117,9 @@ class AttentionProduct(nn.Module):
         Returns:
             (B, n, d); meaningless where the token itself is dead.
         """
-        images, tokens = qkv.shape[:2]
-        query, key, value = qkv.reshape(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        if dead is not None:
-            # Finite, so that an image without any live token gives no NaN; exp of it is exactly zero beside any live key.
-            logits = logits.masked_fill(dead[:, None, None], torch.finfo(logits.dtype).min)
-        return (logits.softmax(-1) @ value).transpose(1, 2).reshape(images, tokens, -1)
+        # Finite, so that an image without any live token gives no NaN; exp of it is exactly zero beside any live key.
+        added = None if dead is None else dead[:, None, None].to(qkv.dtype) * torch.finfo(qkv.dtype).min
+        return attend(qkv, self.heads, added)[0]
 
     def extent(self, qkv: Tensor, whole: int, dead: Tensor | None = None) -> tuple[int, int]:
         """Pairs of tokens computed, and pairs of one whole image."""
@@ -197,36 +193,21 @@ class Layer(nn.Module):
     Args:
         dim: channels of a token.
         heads: number of heads.
+        drop_path: of attention and MLP.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, drop_path: StochasticDepth) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = MLP(dim)
+        self.drop_path = drop_path
 
     def forward(self, tokens: Tensor, whole: int, dead: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """Arguments and shapes as for :class:`Attention`."""
-        tokens = tokens + self.attn(self.norm1(tokens), whole, dead, packing)
-        return tokens + self.mlp(self.norm2(tokens), whole)
-
-
-class PatchEmbedding(nn.Module):
-    """One token per patch, without a class token or positions.
-
-    Args:
-        patch: side of a patch in pixels.
-        dim: channels of a token.
-    """
-
-    def __init__(self, patch: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, dim, H / patch, W / patch)."""
-        return self.proj(images)
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), whole, dead, packing))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens), whole))
 
 
 class AViT(DynamicNetwork):
@@ -256,6 +237,7 @@ class AViT(DynamicNetwork):
         gate_scale: of channel 0 in the halting score (10 in the paper).
         gate_center: subtracted from the scaled channel 0 (30 for tiny, 75 for small in the paper).
         eps: a token halts at 1 - eps.
+        drop_path: stochastic depth in training, in [0, 1); it rises linearly from 0 at the first layer to this at the last (0.1 in the paper).
 
     Raises:
         ValueError: for a size that does not exist or a value out of range.
@@ -282,25 +264,28 @@ class AViT(DynamicNetwork):
         gate_scale: float = 10.0,
         gate_center: float | None = None,
         eps: float = 0.01,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
         given: dict[str, Any] = {"image_size": image_size, "patch": patch, "dim": dim, "depth": depth, "heads": heads, "gate_center": gate_center}
-        self.arguments = {"size": size, "num_classes": num_classes, **given, "gate_scale": gate_scale, "eps": eps}
+        self.arguments = {"size": size, "num_classes": num_classes, **given, "gate_scale": gate_scale, "eps": eps, "drop_path": drop_path}
         shape = SIZES[size]._replace(**{name: value for name, value in given.items() if value is not None})
         check_shape(shape, num_classes, gate_scale, eps)
         self.patch, self.side = shape.patch, shape.image_size // shape.patch
         self.gate_scale, self.eps = gate_scale, eps
         self.decision = decision_named("hard")
         self.normalize = Normalize(CIFAR_MEAN, CIFAR_STD) if shape.image_size <= 64 else Normalize(IMAGENET_MEAN, IMAGENET_STD)
-        self.patch_embed = PatchEmbedding(shape.patch, shape.dim)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, shape.dim, shape.patch, shape.patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2 + 1, shape.dim))
-        self.blocks = nn.ModuleList([Layer(shape.dim, shape.heads) for _ in range(shape.depth)])
+        self.blocks = nn.ModuleList([Layer(shape.dim, shape.heads, drop) for drop in drop_paths(drop_path, shape.depth)])
         self.norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
         self.head = nn.Linear(shape.dim, num_classes)
-        initialize(self)
+        for embedding in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(embedding, std=0.02)
+        initialize_linear(self)
         charges = []
         for index in range(1, shape.depth):
             block, gate = f"blocks.{index}", f"layer{index + 1}"
@@ -351,17 +336,9 @@ class AViT(DynamicNetwork):
         """Class token and patches with their positions, (B, N, d)."""
         if images.shape[2] % self.patch or images.shape[3] % self.patch:
             raise ValueError(f"height and width must be multiples of the patch size {self.patch}, got {tuple(images.shape[2:])}")
-        patches = self.patch_embed(self.normalize(images))
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
-        return tokens + self.positions(int(patches.shape[2]), int(patches.shape[3]))
-
-    def positions(self, rows: int, columns: int) -> Tensor:
-        """Position embedding (1, 1 + rows * columns, d) of a grid of patches."""
-        if (rows, columns) == (self.side, self.side):
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (self.side, self.side))
-        resized = functional.interpolate(grid, (rows, columns), mode="bilinear")
-        return torch.cat([self.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+        patches = self.patch_embed["proj"](self.normalize(images))
+        positions = positions_at((int(patches.shape[2]), int(patches.shape[3])), self.pos_embed, (self.side, self.side))
+        return sequence(patches, self.cls_token, positions)
 
     def halting(self, hidden: Tensor) -> Tensor:
         """Halting score h (B, N) of every token (B, N, d), in float32 or better: half precision would saturate it."""
@@ -439,13 +416,3 @@ def check_shape(shape: Shape, num_classes: int, gate_scale: float, eps: float) -
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if not gate_scale > 0 or not 0 < eps < 1:
         raise ValueError(f"gate_scale must be positive and eps in (0, 1), got {gate_scale} and {eps}")
-
-
-def initialize(network: AViT) -> None:
-    """DeiT's initialisation: embeddings and linear layers truncated normal with deviation 0.02, biases 0."""
-    for embedding in (network.cls_token, network.pos_embed):
-        nn.init.trunc_normal_(embedding, std=0.02)
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import StochasticDepth
 
 from gatewatt.gating import Charge, DynamicNetwork, DynamicOutput, Execution, Gate, check_execution, exit_score, hard
 from gatewatt.networks.layers import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, Normalize
+from gatewatt.networks.vit import Grid, attend, drop_paths, initialize_linear, positions_at, sequence
 
 BackboneName = Literal["t2t-12", "t2t-14", "deit-s", "small-32"]
 Window = tuple[int, int, int]
 """Kernel, stride and padding of what cuts an image into patches."""
-Grid = tuple[int, int]
-"""Rows and columns of patches."""
 
 FRONT, DIRECTIONS = 64, 32  # width of the tokens inside the T2T front, and random features of its attention
 CONTEXT_HIDDEN, CONTEXT = 128, 48  # feature reuse: channels of its hidden layer, and channels that each MLP gets
@@ -203,11 +203,7 @@ class LearnedPositions(nn.Module):
 
     def forward(self, grid: Grid) -> Tensor:
         """(1, 1 + rows x columns, dim)."""
-        if grid == self.grid:
-            return self.table
-        patches = self.table[:, 1:].transpose(1, 2).unflatten(2, self.grid)
-        resized = functional.interpolate(patches, size=grid, mode="bilinear", align_corners=False)
-        return torch.cat([self.table[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+        return positions_at(grid, self.table, self.grid)
 
 
 # ---- from one stage to the next ----
@@ -345,16 +341,13 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, bias: bool) -> None:
         super().__init__()
-        self.heads, self.width = heads, dim // heads
+        self.heads = heads
         self.qkv, self.projection = nn.Linear(dim, 3 * dim, bias=bias), nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, relation: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attended tokens (B, T, D) and the logits (B, heads, T, T), to which ``relation`` was added."""
-        query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, self.width)).permute(2, 0, 3, 1, 4).unbind(0)
-        logits = (query / math.sqrt(self.width)) @ key.transpose(2, 3)
-        if relation is not None:
-            logits = logits + relation
-        return self.projection((logits.softmax(3) @ value).transpose(1, 2).flatten(2)), logits
+        mixed, logits = attend(self.qkv(tokens), self.heads, relation)
+        return self.projection(mixed), logits
 
 
 class Block(nn.Module):
@@ -363,10 +356,10 @@ class Block(nn.Module):
     Args:
         layout: of the backbone.
         reuse: whether its MLP gets a context from the stage before.
-        drop_path: probability, per image in training, that attention or MLP is left out.
+        drop_path: of attention and MLP.
     """
 
-    def __init__(self, layout: Layout, reuse: bool, drop_path: float) -> None:
+    def __init__(self, layout: Layout, reuse: bool, drop_path: StochasticDepth) -> None:
         super().__init__()
         dim, hidden = layout.dim, layout.mlp_ratio * layout.dim
         inputs = dim + CONTEXT if reuse else dim
@@ -380,16 +373,9 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, relation: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, D) after the block, and its attention logits."""
         attended, logits = self.attention(self.norm1(tokens), relation)
-        tokens = tokens + self._kept(attended)
+        tokens = tokens + self.drop_path(attended)
         seen = tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=2)
-        return tokens + self._kept(self.mlp(self.norm2(seen))), logits
-
-    def _kept(self, branch: Tensor) -> Tensor:
-        """The branch, or in training nothing of it for some images and more of it for the others."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = torch.full((len(branch), 1, 1), 1 - self.drop_path, dtype=branch.dtype, device=branch.device)
-        return branch * torch.bernoulli(kept) / (1 - self.drop_path)
+        return tokens + self.drop_path(self.mlp(self.norm2(seen))), logits
 
 
 class Stage(nn.Module):
@@ -411,8 +397,7 @@ class Stage(nn.Module):
         self.embed = TokensToToken(layout.dim, window) if layout.t2t else nn.Conv2d(3, layout.dim, kernel, stride, padding)
         self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, layout.dim), std=0.02))
         self.positions = SinusoidalPositions(grid, layout.dim) if layout.t2t else LearnedPositions(grid, layout.dim)
-        rates = [drop_path * position / max(layout.depth - 1, 1) for position in range(layout.depth)]
-        self.blocks = nn.ModuleList([Block(layout, feature_reuse and index > 0, rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(layout, feature_reuse and index > 0, drop) for drop in drop_paths(drop_path, layout.depth)])
         self.relation_reuse = RelationReuse(layout.depth, layout.heads) if relation_reuse and index > 0 else None
         self.resample: Resampling | None = None
         if index > 0 and (feature_reuse or relation_reuse):
@@ -429,8 +414,7 @@ class Stage(nn.Module):
         """
         features = self.embed(images)
         grid = (int(features.shape[2]), int(features.shape[3]))
-        patches = features.flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1) + self.positions(grid)
+        tokens = sequence(features, self.class_token, self.positions(grid))
         summands: Sequence[Tensor | None] = [None] * len(self.blocks)
         if self.relation_reuse is not None and upstream is not None:
             summands = self.relation_reuse(upstream.relations, self.resample, upstream.grid, grid)
@@ -502,8 +486,6 @@ class DVT(DynamicNetwork):
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if len(confidence) != 2 or not all(0 < each < 1 for each in confidence):
             raise ValueError(f"confidence must be two softmax probabilities in (0, 1), of exits 1 and 2, got {tuple(confidence)}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
         self.arguments = {
             "backbone": backbone,
             "num_classes": num_classes,
@@ -532,11 +514,7 @@ class DVT(DynamicNetwork):
             Stage(layout, index, num_classes, feature_reuse=feature_reuse, relation_reuse=relation_reuse, drop_path=drop_path)
             for index in range(len(layout.windows))
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialize_linear(self)
         self.charges = (Charge("stages.1", ("exit1",)), Charge("stages.2", ("exit2",)))
         self.register_buffer("doubt", torch.tensor([1 - each for each in confidence]))
         self.register_buffer("threshold", torch.tensor(0.5), persistent=False)

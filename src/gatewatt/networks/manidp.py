@@ -114,16 +114,21 @@ class LiveConv(nn.Module):
             return self.layers(features)
         convolution, norm = self.layers
         assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
+        # An attack folds BatchNorm into the convolution (gatewatt.attacks.base.folded), which then has a bias.
+        bias = None if convolution.bias is None else convolution.bias[kept]
         if features.shape[1] == 0:
             # Nothing comes in, and what BatchNorm makes of nothing is its shift.
             height, width = (-(-side // self.stride) for side in features.shape[2:])
             convolved = features.new_zeros((len(features), len(kept), height, width))
+            if bias is not None:
+                convolved = convolved + bias[:, None, None]
         else:
             weight = convolution.weight[kept] if given is None else convolution.weight[kept][:, given]
-            convolved = functional.conv2d(features, weight, stride=self.stride, padding=1)
+            convolved = functional.conv2d(features, weight, bias, stride=self.stride, padding=1)
+        if not isinstance(norm, nn.BatchNorm2d):
+            return convolved
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         statistics = norm.running_mean[kept], norm.running_var[kept]
         return functional.batch_norm(convolved, *statistics, norm.weight[kept], norm.bias[kept], eps=norm.eps)
 

@@ -25,7 +25,7 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, output: DynamicOutput, labels: Tensor, ledger: FlopsLedger) -> Terms:
-        """The weighted terms for one batch; ``labels`` has shape (B,)."""
+        """The weighted terms for one batch; ``labels`` are classes (B,), or the share of each class (B, K) where images were mixed."""
 
 
 class CrossEntropy(Objective):

@@ -114,7 +114,7 @@ def exit_terms(exits: Tensor, labels: Tensor, weights: Sequence[float], label_sm
 
     Args:
         exits: logits (B, E, K).
-        labels: (B,).
+        labels: (B,), or shares (B, K).
         weights: E numbers.
         label_smoothing: in [0, 1).
         final: whether the last exit is the final classifier, whose term is named ``cross_entropy``.

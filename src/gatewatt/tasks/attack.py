@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gatewatt.attacks import Attack, GradMDM
-from gatewatt.data.batch import Batch
+from gatewatt.attacks import Attack, GradMDM, UniversalAttack
+from gatewatt.data.batch import Batch, BatchKey
+from gatewatt.data.module import ImageData
+from gatewatt.data.splits import subset
+from gatewatt.defenses import Wrapper, bare, described
 from gatewatt.gating import DynamicNetwork, check_finite, gate_table, measuring_execution
 from gatewatt.metrics.distortion import linf_levels, mse_levels2, round_to_8bit
 from gatewatt.metrics.record import ImageRecord, image_records
+from gatewatt.networks.checkpoint import load_weights
 from gatewatt.tasks.base import NetworkTask
 from gatewatt.tasks.evaluate import full_precision
 
@@ -43,9 +48,16 @@ class EnergyAttackEvaluation(NetworkTask):
     Args:
         network: the target.
         attack: the attack (default: GradMDM).
+        defense: puts the target behind a defense, as ``lambda network: Defended(network, JPEG())``; a recipe names the class. The attack is then
+            crafted through it (adaptive).
+        oblivious: craft on the target without its defense instead, as an attacker who does not know of it.
         source: network to craft on; the target itself when left out. Another network makes it a transfer attack.
+        source_checkpoint: weights of the source: a shipped name or a ``.safetensors`` path.
         checkpoint: weights of the target: a shipped name or a ``.safetensors`` path.
         channels_last: keep weights and images in that memory format.
+
+    Raises:
+        ValueError: if an oblivious attack has no defense to be oblivious of, or a source of its own.
     """
 
     def __init__(
@@ -53,23 +65,52 @@ class EnergyAttackEvaluation(NetworkTask):
         network: DynamicNetwork,
         attack: Attack | None = None,
         *,
+        defense: Callable[[DynamicNetwork], Wrapper] | None = None,
+        oblivious: bool = False,
         source: DynamicNetwork | None = None,
+        source_checkpoint: str | None = None,
         checkpoint: str | None = None,
         channels_last: bool = True,
     ) -> None:
-        super().__init__(network, checkpoint=checkpoint, channels_last=channels_last)
-        self.source = source
+        super().__init__(network if defense is None else defense(network), checkpoint=checkpoint, channels_last=channels_last)
+        if oblivious and (source is not None or not isinstance(self.network, Wrapper)):
+            raise ValueError("oblivious leaves the target's own defense out of the attack: give a defense, and no source")
+        self.oblivious, self.source = oblivious, bare(self.network) if oblivious else source
+        if source_checkpoint is not None:
+            if source is None:
+                raise ValueError(f"source_checkpoint {source_checkpoint} needs a source, the network whose weights these are")
+            load_weights(source, source_checkpoint)
+        self.source_checkpoint = source_checkpoint
         self.attack = attack or GradMDM()
         self.rows: list[ImageRecord] = []
         self.attack_seconds = 0.0
 
     def on_test_start(self) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run; fit a universal perturbation, unless it was fitted already."""
         self.network.eval()
         self.rows, self.attack_seconds = [], 0.0
         self.reset_evaluation()
+        if isinstance(self.attack, UniversalAttack) and self.attack.perturbation is None:
+            start = time.perf_counter()
+            self.attack.fit(self.network if self.source is None else self.source, self.training_images(self.attack.images))
+            self.attack_seconds += time.perf_counter() - start
 
     on_predict_start = on_test_start
+
+    def training_images(self, count: int) -> Iterator[Tensor]:
+        """The first ``count`` of a seeded permutation of the training images, without augmentation, in batches; the same on every process.
+
+        Raises:
+            ValueError: if the trainer has no data module of :mod:`gatewatt.data`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageData):
+            raise ValueError(f"{self.attack.name} is fitted to training images: test with a module of gatewatt.data, or call its fit yourself")
+        images = data.split("train").augmented(None)
+        chosen = subset(len(images), min(count, len(images)), data.split_seed)
+        for number, indices in enumerate(chosen.split(data.eval_batch_size)):
+            pixels = images[BatchKey(data.seed, 0, number, indices)].images
+            yield pixels.to(self.device).contiguous(memory_format=self.memory_format)
 
     def craft(self, batch: Batch) -> Attacked:
         """Measure a batch clean, and attack it."""
@@ -117,7 +158,14 @@ class EnergyAttackEvaluation(NetworkTask):
         return self.craft(batch)
 
     def describe(self) -> dict[str, Any]:
-        """Target, attack and precision, as plain values for the summary."""
-        network = {"name": type(self.network).__name__, **self.network.arguments, "checkpoint": self.checkpoint}
-        source = None if self.source is None else {"name": type(self.source).__name__, **self.source.arguments}
-        return {"network": network, "attack": {**self.attack.settings, "source": source, "precision": str(self.trainer.precision)}}
+        """Target, attack, defense and precision, as plain values for the summary."""
+        network = {**named(self.network), "checkpoint": self.checkpoint}
+        source = "undefended" if self.oblivious else None if self.source is None else {**named(self.source), "checkpoint": self.source_checkpoint}
+        attack = {**self.attack.settings, "source": source, "precision": str(self.trainer.precision)}
+        return {"network": network, "attack": attack, "defense": described(self.network)}
+
+
+def named(network: DynamicNetwork) -> dict[str, Any]:
+    """Class and arguments of a network, whatever it is wrapped in."""
+    inner = bare(network)
+    return {"name": type(inner).__name__, **inner.arguments}

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from gatewatt.data.batch import Batch
+from gatewatt.data.distortion import Mixing
 from gatewatt.data.order import generator
 from gatewatt.gating import DynamicNetwork, Execution
 from gatewatt.objectives import CrossEntropy, Objective
@@ -32,6 +33,7 @@ class DynamicTraining(NetworkTask):
         channels_last: keep weights and images in that memory format (faster on CPU and GPU).
         execution: ``masked``, or ``dense`` to train the static parent of a network that is made dynamic in a second stage; the parent is then what
             validation and test measure, too.
+        mixing: mixup and CutMix of the training batches; the objective then gets the share of each class, (B, K), for labels.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class DynamicTraining(NetworkTask):
         checkpoint: str | None = None,
         channels_last: bool = True,
         execution: Literal["masked", "dense"] = "masked",
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__(network, checkpoint=checkpoint, channels_last=channels_last)
         if execution not in ("masked", "dense"):
@@ -52,10 +55,11 @@ class DynamicTraining(NetworkTask):
         self.network.train()
         self.objective = objective or CrossEntropy()
         self.optimization = optimization or Optimization()
+        self.mixing = mixing
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimiser and schedule over the steps of this run."""
-        return self.optimization.configure(self.network.parameters(), int(self.trainer.estimated_stepping_batches))
+        return self.optimization.configure(self.network, int(self.trainer.estimated_stepping_batches))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Tell the objective how far the run is, and seed the step.
@@ -69,8 +73,11 @@ class DynamicTraining(NetworkTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch of clean images."""
         check_batch(batch, self.num_classes)
-        output = self.network(batch.images, self.execution)
-        return self.total(self.objective(output, batch.labels, self.ledger))
+        images, labels = batch.images, batch.labels
+        if self.mixing is not None:
+            images, labels = self.mixing(images, labels, self.num_classes)
+        output = self.network(images.contiguous(memory_format=self.memory_format), self.execution)
+        return self.total(self.objective(output, labels, self.ledger))
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """Log every term and add them up.
