@@ -276,7 +276,7 @@ def test_undecided_exits_are_the_least_loss() -> None:
 
 
 def test_a_network_without_exits_is_refused() -> None:
-    with pytest.raises(ValueError, match="DeepSloth attacks early exits, and this network returns none; use an attack on gates"):
+    with pytest.raises(ValueError, match="DeepSloth attacks early exits, and this network returns none; use target='halting' or an attack on gates"):
         UniformExitsLoss().of(DynamicOutput(torch.zeros(1, 5), {}), table(), weights())
 
 

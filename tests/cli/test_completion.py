@@ -22,7 +22,7 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_script_is_small_and_names_every_verb_and_recipe(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
-    assert len(text) < 20_000
+    assert len(text) < 30_000
     assert all(verb in text for verb in HELP)
     assert all(name in text for name in shipped("recipes", ".yaml"))
 
@@ -43,7 +43,7 @@ def test_a_script_is_accepted_by_its_shell(shell: str, tmp_path: Path, capsys: p
         (["gatewatt", "fit", "--resume", ""], {"auto"}),
         (["gatewatt", "fit", "-c", "quick"], {"quickstart"}),
         (["gatewatt", "fit", "-c", "own"], {"own.yaml"}),
-        (["gatewatt", "price", "--checkpoint", "skipnet-38-cifar10-"], {"skipnet-38-cifar10-robust"}),
+        (["gatewatt", "price", "--checkpoint", "skipnet-38-cifar10-r"], {"skipnet-38-cifar10-robust"}),
         (["gatewatt", "audit", "--pat"], {"--patterns"}),
         (["gatewatt", "report", "ru"], {"runs"}),
         (["gatewatt", "report", "--no"], {"--no-figures"}),
