@@ -111,6 +111,29 @@ def test_averaged_weights_and_mixed_batches_are_taken_up_too(step: int, monkeypa
     assert ended("killed") == ended("whole")
 
 
+def test_a_run_killed_before_its_results_were_written_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing is left to train, so no batch comes that the network could be priced on; every callback must live with that.
+    reporting = """\
+    - class_path: gatewatt.callbacks.GateReport
+    - class_path: gatewatt.callbacks.RecoveryCallback
+      init_args:
+        images: 4
+        attack: {class_path: gatewatt.attacks.GradMDM, init_args: {steps: 1}}
+    - class_path: gatewatt.callbacks.ExportCheckpoint
+      init_args: {name: small}
+"""
+    Path("small.yaml").write_text(RESUMABLE + reporting)
+    assert main([*FIT, "--run", "whole"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(L.Callback, "on_fit_end", lambda *_: kill())
+        with pytest.raises(Killed):
+            main([*FIT, "--run", "killed", "--resume", "auto"])
+    assert not Path("runs/killed/result.json").exists()
+    assert main([*FIT, "--run", "killed", "--resume", "auto"]) == 0
+    assert ended("killed") == ended("whole")
+    assert Path("runs/killed/small.safetensors").read_bytes() == Path("runs/whole/small.safetensors").read_bytes()
+
+
 def test_a_complete_run_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--run", "a", "--resume", "auto"]) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("runs/a").rglob("*") if path.is_file()}

@@ -101,6 +101,8 @@ class RecoveryCallback(L.Callback):
             return
         assert isinstance(pl_module, NetworkTask)
         warmup = getattr(pl_module, "warmup_epochs", None)
+        # Not the ledger's: a run that was killed after its last step is resumed with nothing to do, and prices nothing.
+        dense = self.history[-1]["val/flops_clean"] / self.history[-1]["val/flops_fraction"]
         rows = []
         for row in self.history:
             phase = "clean" if warmup is None or row["epoch"] < warmup else "energy-adversarial"
@@ -118,7 +120,7 @@ class RecoveryCallback(L.Callback):
                 ]
             )
         print_table(
-            f"{type(pl_module.network).__name__} under {self.attack} (dense {mflops(pl_module.ledger.dense)})",
+            f"{type(pl_module.network).__name__} under {self.attack} (dense {mflops(dense)})",
             ["after epoch", "accuracy", "FLOPs clean", "of dense", "FLOPs adversarial", "recovery", "recovery 8-bit", "PSNR dB"],
             rows,
             caption=f"1 MAC = 1 FLOP. Accuracy and clean FLOPs over the validation set; the attack over its first {self.images} images.",
