@@ -297,12 +297,13 @@ def test_another_number_of_processes_is_said(capsys: pytest.CaptureFixture[str])
 # ---- being asked to stop ----
 
 
-def test_a_run_stopped_on_the_last_batch_of_an_epoch_still_validates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_run_stopped_on_the_last_batch_of_an_epoch_still_validates(step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--run", "whole"]) == 0
     with monkeypatch.context() as patched:
-        at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM), patched)
+        at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM), patched)
         assert main([*FIT, "--run", "stopped", "--resume", "auto"]) == 143
-    assert "gatewatt: saved step 3; resume with: gatewatt fit -c small.yaml --run stopped --resume auto\n" in capsys.readouterr().err
+    assert f"gatewatt: saved step {step + 1}; resume with: gatewatt fit -c small.yaml --run stopped --resume auto\n" in capsys.readouterr().err
     assert '"val/accuracy"' in Path("runs/stopped/metrics.jsonl").read_text().splitlines()[-1]
     assert main([*FIT, "--run", "stopped", "--resume", "auto"]) == 0
     assert ended("stopped") == ended("whole")

@@ -201,6 +201,11 @@ class LastCheckpoint(Checkpoint):
         """Write, after the epoch's validation."""
         self._save(trainer)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what a run that was stopped at its very end is resumed with: no step is left that would."""
+        if self.saved != trainer.global_step:
+            self._save(trainer)
+
     def _save(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.saved = trainer.global_step
