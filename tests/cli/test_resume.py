@@ -298,7 +298,7 @@ def test_another_number_of_processes_is_said(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_a_run_stopped_on_the_last_batch_of_an_epoch_validates(step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_stopped_at_the_end_of_an_epoch_still_validates(step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--run", "whole"]) == 0
     with monkeypatch.context() as patched:
         at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM), patched)
