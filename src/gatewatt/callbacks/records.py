@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import json
 import platform
 from collections.abc import Mapping
@@ -97,6 +98,16 @@ class ResultFiles(L.Callback):
         print(f"wrote {folder / 'summary.json'} and {folder / 'records.csv'}")
 
 
+def points(recovery: float, more: str = "") -> str:
+    """A recovery in percent, and what there is to say of it.
+
+    Example:
+        >>> points(12.34, " (n = 5)"), points(float("nan"), " (n = 5)")
+        ('12.3 % (n = 5)', 'undefined: clean images run everything')
+    """
+    return "undefined: clean images run everything" if math.isnan(recovery) else f"{recovery:.1f} %{more}"
+
+
 def show(summary: dict[str, Any]) -> None:
     """Print the figures of a summary."""
     low, high = summary["recovery_percent_interval"]
@@ -107,9 +118,9 @@ def show(summary: dict[str, Any]) -> None:
         ["FLOPs, dense", mflops(summary["flops_dense"])],
         ["FLOPs, clean", f"{mflops(summary['flops_clean'])} ({percent(summary['flops_clean'] / summary['flops_dense'])} of dense)"],
         ["FLOPs, adversarial", f"{mflops(summary['flops_adversarial'])} ({percent(summary['flops_adversarial'] / summary['flops_dense'])} of dense)"],
-        ["recovery", f"{summary['recovery_percent']:.1f} % (95 %: {low:.1f} to {high:.1f})"],
-        ["recovery, mean over images", f"{summary['recovery_per_image_percent']:.1f} % ({summary['images_at_full_flops']} at full FLOPs left out)"],
-        ["recovery after 8-bit rounding", f"{summary['recovery_8bit_percent']:.1f} %"],
+        ["recovery", points(summary["recovery_percent"], f" (95 %: {low:.1f} to {high:.1f})")],
+        ["recovery, mean over images", points(summary["recovery_per_image_percent"], f" ({summary['images_at_full_flops']} at full FLOPs left out)")],
+        ["recovery after 8-bit rounding", points(summary["recovery_8bit_percent"])],
         ["MSE", f"{summary['mse_levels2']:.3f} levels squared"],
         ["PSNR", f"{summary['psnr_db']:.1f} dB (of the mean MSE: {summary['psnr_db_of_mean_mse']:.1f} dB)"],
         ["largest change of a pixel", f"{summary['linf_levels']:.1f} levels"],
