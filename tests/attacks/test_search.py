@@ -55,6 +55,13 @@ def test_it_asks_for_flops_alone_and_keeps_the_most(space: Ball, small: Tensor) 
     assert spent.max(0).values.sum() > spent[0].sum()
 
 
+def test_a_network_that_cannot_skip_is_asked_for_masked_passes(small: Tensor) -> None:
+    network = Watched().eval()
+    network.executions = ("masked", "dense")
+    SquareSearch(steps=3)(network, small, ledger=LEDGER)
+    assert {execution for _, execution, _ in network.asked} == {"masked"}
+
+
 @pytest.mark.parametrize("space", [*BALLS, LinfBall(4 / 255), L2Ball(20.0)], ids=[*NAMES, "narrow", "wide"])
 def test_every_proposal_is_an_image_within_the_ball(space: Ball, small: Tensor) -> None:
     network = Watched().eval()

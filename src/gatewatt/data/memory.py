@@ -35,18 +35,23 @@ class Augmentation:
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding must be at least 0 (0 switches cropping off), got {self.crop_padding}")
 
+    def draw(self, count: int, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Row offsets (B,), column offsets (B,) and flips, bool (B,), of ``count`` images: the first that ``source`` is asked for."""
+        rows, columns = torch.randint(0, 2 * self.crop_padding + 1, (2, count), generator=source)
+        flipped = torch.randint(0, 2, (count,), generator=source).bool() if self.flip else torch.zeros(count, dtype=torch.bool)
+        return rows, columns, flipped
+
     def __call__(self, images: Tensor, source: torch.Generator) -> Tensor:
-        """Augment (B, C, H, W) of any type with draws from ``source``: row offsets, columns, flips, then what distorts image by image."""
+        """Augment (B, C, H, W) of any type with draws from ``source``: crops, flips, then what distorts image by image."""
         count, _, height, width = images.shape
         padding = self.crop_padding
-        rows, columns = torch.randint(0, 2 * padding + 1, (2, count), generator=source)
+        rows, columns, flipped = self.draw(count, source)
         if padding:
             # A view of every window; indexing it copies only the chosen ones.
             windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
             images = windows[torch.arange(count), :, rows, columns]
         if self.flip:
-            flipped = torch.randint(0, 2, (count, 1, 1, 1), generator=source).bool()
-            images = torch.where(flipped, images.flip(-1), images)
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         if self.distortion is not None:
             with lent(source):
                 images = torch.stack([self.distortion(image) for image in images])

@@ -135,7 +135,7 @@ def attack_from(start: Tensor, attack: Attack, network: DynamicNetwork, batch: B
 
 
 def crops_of(data: Any, epoch: int, number: int, count: int) -> Crops:
-    """How a training batch was cut from its originals: the draws of :class:`~gatewatt.data.Augmentation`, made once more.
+    """How a training batch was cut from its originals: its :class:`~gatewatt.data.Augmentation` drawn once more.
 
     Args:
         data: the data module.
@@ -153,7 +153,4 @@ def crops_of(data: Any, epoch: int, number: int, count: int) -> Crops:
     nothing = torch.zeros(count, dtype=torch.int64)
     if cuts is None:
         return Crops(nothing, nothing, nothing.bool(), 0)
-    source = generator(data.seed, "augmentation", epoch, number)
-    rows, columns = torch.randint(0, 2 * cuts.crop_padding + 1, (2, count), generator=source)
-    flipped = torch.randint(0, 2, (count, 1, 1, 1), generator=source).bool().flatten() if cuts.flip else nothing.bool()
-    return Crops(rows, columns, flipped, cuts.crop_padding)
+    return Crops(*cuts.draw(count, generator(data.seed, "augmentation", epoch, number)), cuts.crop_padding)
