@@ -1,24 +1,35 @@
 """How fast every attack is, and how long GradMDM and its authors' released algorithm take to a given recovery, on one network in one run.
 
     python benchmarks/attacks.py [--checkpoint skipnet-38-cifar10] [--data FOLDER] [--batch 64] [--rounds 3] [--recovery 50]
+    python benchmarks/attacks.py --render
 
 Images per second of the whole attack with its default number of steps, measured over `--steps` of them and scaled; attacks are timed in turn. The
-ratio is the time of one step of one image against one masked forward pass with one input-gradient, folded as the attacks fold it. Noise
-and random images say enough about speed; the second table wants a trained network and its images (without --data: noise).
+ratio is the time of one step of one image against one masked forward pass with one input-gradient, folded as the attacks fold it. PGD, the search
+and AutoEnergy drop images that run everything, sooner or later depending on radius and network: for the speed of whole runs, `--steps 100`.
+Noise says enough about speed; the second table wants a trained network and its images. FOLDER holds test/<class>/* of CIFAR-10; digits are
+embedded, and a network trained on CIFAR-10 is shown noise without it.
 
-The second table gives the median seconds until the mean recovery of the batch first reaches `--recovery` percent, crafting passes alone, and the
-mean squared error at that moment: at equal gamma the two algorithms do not make equally large perturbations.
+The second table, for networks that skip whole blocks, gives the median seconds until the mean recovery of the batch first reaches `--recovery`
+percent, crafting passes alone, and the mean squared error at that moment: at equal gamma the two algorithms do not make equally large
+perturbations.
+
+Each network leaves <network>.json below --out; ATTACKS.md and attacks.csv are rendered from all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import json
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+from families import data_of
 from timing import describe_machine, interleaved
 from torch import Tensor
 
@@ -45,18 +56,19 @@ from gatewatt.attacks import (
     ablation,
     under_attack,
 )
-from gatewatt.data import FolderData
+from gatewatt.cli.doctor import pick_batch
+from gatewatt.files import write_text
 from gatewatt.gating import DynamicNetwork, DynamicOutput, gate_table
 from gatewatt.metrics import mse_levels2
 from gatewatt.networks import SkipNet
 
 
 class Timed(NamedTuple):
-    """An attack by its number of steps, the steps it takes by default, and whether the network has exits to attack."""
+    """An attack by its number of steps, the steps it takes by default, and what it needs a network to have."""
 
     make: Callable[[int], Attack]
     default: int
-    exits: bool = False
+    needs: Literal["exits", "blocks"] | None = None
 
 
 ATTACKS: dict[str, Timed] = {
@@ -64,61 +76,84 @@ ATTACKS: dict[str, Timed] = {
     "GradMDM, prediction kept": Timed(lambda steps: GradMDM(steps=steps, prediction_weight=0.01), 100),
     "GradMDM, best iterate": Timed(lambda steps: GradMDM(steps=steps, keep="best"), 100),
     "GradMDM, 8-bit": Timed(lambda steps: GradMDM(steps=steps, space=Lattice(TanhSpace())), 100),
-    "GradMDMReleased": Timed(lambda steps: GradMDMReleased(steps=steps), 100),
+    "GradMDMReleased": Timed(lambda steps: GradMDMReleased(steps=steps), 100, needs="blocks"),
     **{name: Timed(lambda steps, name=name: ablation(name, steps=steps), 100) for name in ABLATIONS},  # type: ignore[misc]
     "ILFO": Timed(lambda steps: ILFO(steps=steps), 300),
     "GradAuto": Timed(lambda steps: GradAuto(steps=steps), 300),
-    "DeepSloth, L-inf": Timed(lambda steps: DeepSloth("linf", steps=steps), 30, exits=True),
-    "DeepSloth, L2": Timed(lambda steps: DeepSloth("l2", steps=steps), 550, exits=True),
+    "DeepSloth, L-inf": Timed(lambda steps: DeepSloth("linf", steps=steps), 30, needs="exits"),
+    "DeepSloth, L2": Timed(lambda steps: DeepSloth("l2", steps=steps), 550, needs="exits"),
     "uniform halting, L-inf": Timed(lambda steps: DeepSloth("linf", target="halting", steps=steps), 30),
     "PGD, L-inf": Timed(lambda steps: ProjectedAttack(steps=steps), 100),
     "PGD, L2": Timed(lambda steps: ProjectedAttack(space=L2Ball(), steps=steps), 100),
     "PGD, L2, 8-bit": Timed(lambda steps: ProjectedAttack(space=LatticeBall(L2Ball()), steps=steps), 100),
     "SquareSearch": Timed(lambda steps: SquareSearch(steps=steps), 200),
     "AutoEnergy, L-inf": Timed(lambda steps: AutoEnergy("linf", steps=steps), 100),
+    "AutoEnergy, L2": Timed(lambda steps: AutoEnergy("l2", steps=steps), 100),
     "Universal, fitting": Timed(lambda steps: UniversalAttack(space=LinfBall(), steps=steps), 200),
     "Noise": Timed(lambda steps: Noise(), 1),
 }
 
 
 def main() -> None:
-    """Time and print."""
+    """Time, write and render."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default=None, help="default: an untrained SkipNet-38")
-    parser.add_argument("--data", default=None, help="folder with test/<class>/<image>; default: noise")
+    parser.add_argument("--data", default=None, help="folder with test/<class>/<image>, for a network trained on CIFAR-10; default: noise")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="steps timed of each attack")
     parser.add_argument("--recovery", type=float, default=50.0, help="percent to be reached")
     parser.add_argument("--gamma", type=float, default=1.0, help="of both, in the second table")
     parser.add_argument("--budget", type=int, default=100, help="steps after which the second table gives up")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attacks"))
+    parser.add_argument("--render", action="store_true", help="only write the tables, from the files that are there")
     options = parser.parse_args()
+    if not options.render:
+        name = Path(options.checkpoint).stem if options.checkpoint else "untrained-skipnet-38"
+        found = measure(options)
+        write_text(options.out / f"{name}.json", json.dumps({"network": name, **found}, indent=2) + "\n")
+    print(f"wrote {render(options.out)}")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Both tables of one network, with what they were measured on."""
     torch.manual_seed(0)
     network = (load(options.checkpoint) if options.checkpoint else SkipNet(38)).eval().to(memory_format=torch.channels_last)
-    images = pictures(options.data, options.batch).contiguous(memory_format=torch.channels_last)
+    images, source = pictures(options.checkpoint, options.data, options.batch)
+    images = images.contiguous(memory_format=torch.channels_last)
     ledger = price(network, images[:1])
-    name = options.checkpoint or "untrained SkipNet-38"
-    source = options.data or "noise"
-    print(f"{describe_machine()}; {name}, {len(images)} images ({source}), median of {options.rounds} rounds\n")
-    speed(network, images, ledger, options.steps, options.rounds)
-    if isinstance(network, SkipNet):
-        print()
-        race(network, images, ledger, options)
+    return {
+        "machine": describe_machine(),
+        "images": len(images),
+        "source": source,
+        "rounds": options.rounds,
+        "timed_steps": options.steps,
+        **speed(network, images, ledger, options.steps, options.rounds),
+        "goal_percent": options.recovery,
+        "gamma": options.gamma,
+        "budget": options.budget,
+        "race": race(network, images, ledger, options) if isinstance(network, SkipNet) else [],
+    }
 
 
-def pictures(folder: str | None, count: int) -> Tensor:
-    """The first test images of a folder, or noise of CIFAR-10's size; 8-bit either way."""
-    if folder is None:
-        return (255 * torch.rand(count, 3, 32, 32)).round() / 255
-    data = FolderData(folder, test_images=count, eval_batch_size=count)
-    data.setup("test")
-    return next(iter(data.test_dataloader())).images
+def pictures(checkpoint: str | None, folder: str | None, count: int) -> tuple[Tensor, str]:
+    """Test images of the checkpoint's data set and its name, or noise of CIFAR-10's size; 8-bit either way."""
+    data = None if checkpoint is None else data_of(checkpoint, folder, count)
+    if data is None:
+        return (255 * torch.rand(count, 3, 32, 32)).round() / 255, "noise"
+    return pick_batch(data, count).images, data.name
 
 
-def speed(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, steps: int, rounds: int) -> None:
-    """The first table."""
-    with torch.no_grad():
-        exits = network(images[:1]).exits is not None
+def has(network: DynamicNetwork, images: Tensor, needs: Literal["exits", "blocks"] | None) -> bool:
+    """Whether an attack with such needs can attack the network."""
+    if needs == "exits":
+        with torch.no_grad():
+            return network(images[:1]).exits is not None
+    return needs is None or isinstance(network, SkipNet)
+
+
+def speed(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, steps: int, rounds: int) -> dict[str, Any]:
+    """The first table: images per second of the yardstick, and a row per attack."""
 
     def yardstick() -> None:
         with under_attack(network):
@@ -132,35 +167,41 @@ def speed(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, steps: i
         else:
             attack(network, images, ledger=ledger)
 
-    timed = {name: one for name, one in ATTACKS.items() if exits or not one.exits}
+    timed = {name: one for name, one in ATTACKS.items() if has(network, images, one.needs)}
     made = {name: one.make(min(steps, one.default)) for name, one in timed.items()}
     cases: dict[str, Callable[[], object]] = {name: lambda attack=attack: run(attack) for name, attack in made.items()}  # type: ignore[misc]
     seconds = interleaved({"yardstick": yardstick, **cases}, rounds=rounds, warmup=1)
     unit = seconds.pop("yardstick") / steps
-    print(f"one forward pass and one input-gradient: {len(images) / unit:.1f} images per second\n")
-    print(f"{'attack':26} {'steps':>6} {'images per second':>18} {'ratio of a step':>16}")
+    rows = []
     for name, spent in seconds.items():
-        step = spent / min(steps, timed[name].default)
-        print(f"{name:26} {timed[name].default:6d} {len(images) / (step * timed[name].default):18.2f} {step / unit:16.2f}")
+        default = timed[name].default
+        step = spent / min(steps, default)
+        rows.append({"attack": name, "steps": default, "images_per_second": len(images) / (step * default), "ratio": step / unit, "seconds": spent})
+    return {"passes_per_second": len(images) / unit, "speed": rows}
 
 
-def race(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, options: Any) -> None:
-    """The second table."""
+def race(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The second table; seconds are None where the recovery was not reached."""
     racers: dict[str, EnergyAttack] = {
         "GradMDM": GradMDM(gamma=options.gamma, steps=options.budget),
         "GradMDMReleased": GradMDMReleased(gamma=options.gamma, steps=options.budget),
     }
     # In turn, as the first table.
     runs = [{name: reached(attack, network, images, ledger, options.recovery) for name, attack in racers.items()} for _ in range(options.rounds)]
-    print(f"to {options.recovery:g} % recovery at gamma {options.gamma:g}, at most {options.budget} steps")
-    print(f"{'algorithm':26} {'seconds':>9} {'step':>6} {'MSE (levels squared)':>22}")
+    rows = []
     for name in racers:
         found = [run[name] for run in runs]
         whole = [arrival for arrival in found if arrival is not None]
-        if len(whole) < len(found):
-            print(f"{name:26} not reached")
-            continue
-        print(f"{name:26} {statistics.median(arrival[0] for arrival in whole):9.2f} {whole[0][1]:6d} {whole[0][2]:22.3f}")
+        arrived = len(whole) == len(found)
+        rows.append(
+            {
+                "algorithm": name,
+                "seconds": statistics.median(arrival[0] for arrival in whole) if arrived else None,
+                "step": whole[0][1] if arrived else None,
+                "mse_levels2": whole[0][2] if arrived else None,
+            }
+        )
+    return rows
 
 
 def reached(attack: Attack, network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, recovery: float) -> tuple[float, int, float] | None:
@@ -183,6 +224,58 @@ def reached(attack: Attack, network: DynamicNetwork, images: Tensor, ledger: Flo
     finally:
         handle.remove()
     return arrival
+
+
+def render(out: Path) -> Path:
+    """Write ATTACKS.md and attacks.csv from the networks' files below ``out``."""
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["network", "attack", "steps", "timed_steps", "images", "images_per_second", "ratio"])
+    for each in found:
+        for row in each["speed"]:
+            figures = (f"{row['images_per_second']:.4g}", f"{row['ratio']:.4g}")
+            writer.writerow([each["network"], row["attack"], row["steps"], each["timed_steps"], each["images"], *figures])
+    write_text(out / "attacks.csv", stream.getvalue())
+    lines = [
+        "# Speed of the attacks",
+        "",
+        "Rendered by `python benchmarks/attacks.py --render` from the files beside this page.",
+        *(line for each in found for line in page(each)),
+    ]
+    return write_text(out / "ATTACKS.md", "\n".join(lines) + "\n")
+
+
+def page(found: dict[str, Any]) -> list[str]:
+    """Both tables of one network as Markdown."""
+    lines = [
+        "",
+        f"## {found['network']}",
+        "",
+        f"{found['machine']}; {found['images']} images ({found['source']}), median of {found['rounds']} rounds, {found['timed_steps']} steps timed.",
+        f"One forward pass and one input-gradient: {found['passes_per_second']:.1f} images per second.",
+        "",
+        *table(
+            ["attack", "steps", "images per second", "ratio of a step"],
+            [[row["attack"], str(row["steps"]), f"{row['images_per_second']:.2f}", f"{row['ratio']:.2f}"] for row in found["speed"]],
+        ),
+    ]
+    if found["race"]:
+        heading = f"To {found['goal_percent']:g} % recovery at gamma {found['gamma']:g}, at most {found['budget']} steps:"
+        rows = [
+            [
+                row["algorithm"],
+                *([f"{row['seconds']:.2f}", str(row["step"]), f"{row['mse_levels2']:.3f}"] if row["seconds"] is not None else ["not reached"] * 3),
+            ]
+            for row in found["race"]
+        ]
+        lines += ["", heading, "", *table(["algorithm", "seconds", "step", "MSE (levels squared)"], rows)]
+    return lines
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, its first column aligned to the left."""
+    return [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 if __name__ == "__main__":

@@ -29,11 +29,25 @@ from gatewatt.tasks import EnergyAttackEvaluation
 COLUMNS = ("checkpoint", "accuracy", "dense", "FLOPs", "sd", "at full", "routes' FLOPs", "recovery", "PSNR", "8-bit", "attacked", "images")
 
 
-def data_of(name: str, folder: str | None, images: int) -> ImageData | None:
-    """The data set that a checkpoint was trained on; None for CIFAR-10 without a folder."""
-    if card_of(name)["dataset"] == "digits":
-        return DigitsData(eval_batch_size=100, test_images=min(images, 400))
-    return FolderData(folder, name="cifar10", test_images=images, eval_batch_size=125) if folder else None
+def data_of(name: str, folder: str | None, images: int, batch: int | None = None) -> ImageData | None:
+    """Test images of the data set that a checkpoint was trained on; None without a folder, unless these are the embedded digits.
+
+    Args:
+        name: of the checkpoint.
+        folder: holds ``test/<class>/*`` (or ``val``, as ImageNet does) of that data set.
+        images: how many.
+        batch: images side by side; by default what an attack takes well.
+    """
+    card = card_of(name)
+    if card["dataset"] == "digits":
+        return DigitsData(eval_batch_size=batch or 100, test_images=min(images, 400))
+    if folder is None:
+        return None
+    size = card.get("size") or 32
+    split = "test" if (Path(folder) / "test").is_dir() else "val"
+    return FolderData(
+        folder, name=card["dataset"], size=size, test=split, in_memory=size <= 64, test_images=images, eval_batch_size=batch or 125, on_bad="convert"
+    )
 
 
 def measure(name: str, data: ImageData, attack: GradMDM, folder: Path) -> None:

@@ -11,7 +11,12 @@ import torch
 
 
 def interleaved(cases: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Run the cases in turn, A B C A B C ..., and return the median seconds of each.
+    """Run the cases in turn, A B C A B C ..., and return the median seconds of each; arguments as for :func:`seconds_of_rounds`."""
+    return {name: statistics.median(times) for name, times in seconds_of_rounds(cases, rounds=rounds, warmup=warmup).items()}
+
+
+def seconds_of_rounds(cases: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Run the cases in turn, A B C A B C ..., and return the seconds of each, round by round.
 
     Args:
         cases: name -> what to time.
@@ -27,7 +32,7 @@ def interleaved(cases: Mapping[str, Callable[[], object]], *, rounds: int, warmu
                 torch.cuda.synchronize()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def describe_machine() -> str:

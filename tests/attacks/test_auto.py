@@ -9,8 +9,8 @@ import torch
 from tests.toys import LEDGER, Detached, Logistic, Rooted
 from torch import Tensor
 
-from gatewatt.attacks import AutoEnergy, BrokenGradientError, L2Ball, LinfBall, Noise, ProjectedAttack, SquareSearch
-from gatewatt.attacks.auto import MEMBERS, member
+from gatewatt.attacks import AutoEnergy, BrokenGradientError, L2Ball, LinfBall, Noise, ProjectedAttack, SquareSearch, under_attack
+from gatewatt.attacks.auto import MEMBERS, ROUNDS, member
 from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork, Forced, gate_table
 from gatewatt.networks import SkipNet
@@ -51,7 +51,10 @@ def test_no_member_does_better_on_any_image(norm: Any, toy: Logistic, small: Ten
         if winner < 0:
             assert torch.equal(found.images[index], small[index])
             continue
-        result = alone[MEMBERS[winner]]
+        if ROUNDS[winner] == "continued":
+            assert spent[index] >= max(flops(toy, result.images)[index] for result in alone.values())
+            continue
+        result = alone[ROUNDS[winner]]
         torch.testing.assert_close(found.images[index], result.images[index], rtol=0, atol=1e-6)
         assert found.step[index] == result.step[index]
 
@@ -83,6 +86,26 @@ def test_images_are_valid_and_in_the_ball_and_a_batch_is_its_images(norm: Any, t
         torch.testing.assert_close(alone.images[0], found.images[index], rtol=0, atol=1e-6)
         assert alone.member is not None
         assert alone.member[0] == found.member[index]
+
+
+def test_the_last_descent_goes_on_from_the_best_of_the_members(images: Tensor) -> None:
+    torch.manual_seed(1)
+    network = SkipNet(14, width=4).eval()
+    ledger = price(network, images[:1])
+    attack = AutoEnergy("linf", 0.1, steps=3)
+    found = attack(network, images, ledger=ledger)
+    members = [each(network, images, ledger=ledger).images for each in attack.members.values()]
+    best = torch.stack([flops(network, each, ledger) for each in members]).amax(0)
+    assert found.member is not None
+    last = found.member == ROUNDS.index("continued")
+    spent = flops(network, found.images, ledger)
+    assert bool((spent >= best).all())
+    assert bool((spent > best)[last].any())
+    # The start is the first iterate, so that nothing is lost of it.
+    start = attack.members["square"](network, images, ledger=ledger).images
+    with under_attack(network):
+        resumed = attack.continuation.craft_from(start, network, images, ledger)
+    assert bool((flops(network, resumed.images, ledger) >= flops(network, start, ledger)).all())
 
 
 def test_images_that_run_everything_are_left_alone(toy: Logistic, small: Tensor) -> None:

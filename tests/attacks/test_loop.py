@@ -22,6 +22,7 @@ from gatewatt.attacks import (
     EnergyAttack,
     GradAuto,
     GradMDM,
+    HingeLoss,
     Joint,
     LinfBall,
     NoGradientError,
@@ -158,6 +159,7 @@ def test_the_defaults_are_the_papers() -> None:
         "keep": "last",
         "decision": None,
         "prediction_weight": 0.0,
+        "cross_entropy_weight": 0.0,
         "weighing": "flops",
         "loss": {"kind": "PowerLoss", "alpha": 4.0},
         "direction": {"kind": "ConflictMasking"},
@@ -243,6 +245,58 @@ def test_the_heavier_the_prediction_the_closer_the_logits(toy: Logistic, small: 
     distances = [distance(weight) for weight in (0.0, 0.01, 1.0)]
     assert distances == sorted(distances, reverse=True)
     assert distances[2] < 0.3 * distances[0]
+
+
+# ---- a second aim ----
+
+LABELS = torch.arange(24) % 4
+
+
+@pytest.mark.parametrize("weight", [0.7, -1.5])
+def test_the_second_aim_weighs_in_lengths_of_the_first(weight: float, toy: Logistic, small: Tensor) -> None:
+    """The first step against gradients that autograd takes one by one; Adam's first step is the sign of the sum."""
+    attack = EnergyAttack(
+        PowerLoss(), ComplexityOnly(), space=ProjectionSpace(), gamma=0.0, steps=1, warmup=0.0, lr=0.01, cross_entropy_weight=weight
+    )
+    found = attack(toy, small, LABELS, ledger=LEDGER).images
+    told = 0
+    for index, image in enumerate(small):
+        pixels = image[None].clone().requires_grad_()
+        output = toy(pixels)
+        power = -(torch.tensor(LAMBDA) * gate_table(output.gates).score.clamp(max=0.5) ** 4).sum()
+        gates, prediction = (
+            torch.autograd.grad(loss, pixels, retain_graph=True)[0].double() for loss in (power, -output.logits.log_softmax(1)[0, LABELS[index]])
+        )
+        step = gates + weight * gates.norm() / prediction.norm() * prediction
+        sure = step.abs() > 1e-3 * gates.abs().max()
+        wanted = (image - 0.01 * step.sign().float()).clamp(0, 1)
+        torch.testing.assert_close(found[index][sure[0]], wanted[0][sure[0]], rtol=0, atol=1e-5)
+        told += int((step.sign() != gates.sign()).sum())
+    assert told > 20
+
+
+def test_each_image_has_an_aim_of_its_own(toy: Logistic, small: Tensor) -> None:
+    attack = EnergyAttack(HingeLoss(), ComplexityOnly(), space=LinfBall(0.2), gamma=0.0, steps=10, warmup=0.0, lr=0.03)
+    aims = torch.tensor([0.0, 1.0, -1.0] * 8)
+    together = attack.aimed(aims)(toy, small, LABELS, ledger=LEDGER).images
+    for index in range(len(small)):
+        alone = attack.aimed(aims[index : index + 1])(toy, small[index : index + 1], LABELS[index : index + 1], ledger=LEDGER)
+        torch.testing.assert_close(alone.images[0], together[index], rtol=0, atol=1e-5)
+    plain = attack(toy, small, LABELS, ledger=LEDGER).images
+    assert torch.equal(plain[aims == 0], together[aims == 0])
+    assert torch.equal(plain, attack.aimed(torch.zeros(24))(toy, small, LABELS, ledger=LEDGER).images)
+    with torch.no_grad():
+        losses = [nn.functional.cross_entropy(toy(images).logits, LABELS, reduction="none") for images in (together, plain)]
+    assert losses[0][aims > 0].mean() < losses[1][aims > 0].mean() - 0.01
+    assert losses[0][aims < 0].mean() > losses[1][aims < 0].mean() + 0.01
+    # The attack that was given keeps its own.
+    assert attack.cross_entropy_weight == 0
+    assert json.loads(json.dumps(attack.aimed(aims[:3]).settings))["cross_entropy_weight"] == [0.0, 1.0, -1.0]
+
+
+def test_a_second_aim_needs_labels(toy: Logistic, small: Tensor) -> None:
+    with pytest.raises(ValueError, match="EnergyAttack has the cross entropy of the true classes for a second aim: give labels"):
+        EnergyAttack(steps=1, cross_entropy_weight=1.0)(toy, small, ledger=LEDGER)
 
 
 # ---- images never interact ----
@@ -443,6 +497,7 @@ INFINITE = float("inf")
         ({"decision": "soft"}, "decision must be one of .*got 'soft'"),
         ({"prediction_weight": -1.0}, "prediction_weight must be finite and at least 0, got -1.0"),
         ({"prediction_weight": INFINITE}, "prediction_weight must be finite and at least 0, got inf"),
+        ({"cross_entropy_weight": -INFINITE}, "cross_entropy_weight must be finite, got -inf"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

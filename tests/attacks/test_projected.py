@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -35,6 +36,8 @@ from gatewatt.networks import SkipNet
 
 Array = NDArray[np.float64]
 BALLS: list[Ball] = [LinfBall(0.08), L2Ball(0.3)]
+ENDLESS = replace(LEDGER, dense=1e9)
+"""The same prices, and no image that runs everything: every image is attacked to the end."""
 NAMES = ["linf", "l2"]
 
 
@@ -103,7 +106,7 @@ def by_hand(network: Logistic, clean: Array, *, norm: str, eps: float, steps: in
 def test_every_step_is_that_of_an_independent_implementation(space: Ball, norm: str, toy: Logistic, small: Tensor) -> None:
     seen: list[Tensor] = []
     toy.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
-    ProjectedAttack(HingeLoss(), space=space, steps=40)(toy, small, ledger=LEDGER)
+    ProjectedAttack(HingeLoss(), space=space, steps=40)(toy, small, ledger=ENDLESS)
     found = torch.stack(seen).flatten(2).double().numpy()
     assert len(found) == 41
     halvings = []
@@ -136,7 +139,7 @@ def test_steps_are_reconsidered_where_the_paper_does() -> None:
 def test_the_image_of_most_flops_then_of_least_error_is_kept(space: Ball, toy: Logistic, small: Tensor) -> None:
     seen: list[Tensor] = []
     toy.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
-    found = ProjectedAttack(space=space, steps=12, restarts=3)(toy, small, ledger=LEDGER)
+    found = ProjectedAttack(space=space, steps=12, restarts=3)(toy, small, ledger=ENDLESS)
     assert len(seen) == 3 * 13
     spent = torch.stack([flops(toy, images) for images in list(seen)])
     for image in range(len(small)):
@@ -146,6 +149,28 @@ def test_the_image_of_most_flops_then_of_least_error_is_kept(space: Ball, toy: L
     assert bool((found.step > 13).any())
     assert bool((flops(toy, found.images) >= flops(toy, small)).all())
     assert flops(toy, found.images).sum() > flops(toy, small).sum()
+
+
+@pytest.mark.parametrize("space", BALLS, ids=NAMES)
+def test_an_image_that_runs_everything_is_done_and_the_others_go_on_as_before(space: Ball, toy: Logistic, small: Tensor) -> None:
+    seen: list[Tensor] = []
+    toy.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    attack = ProjectedAttack(space=space, steps=12, restarts=2)
+    endless = attack(toy, small, ledger=ENDLESS)
+    passes = list(seen)
+    seen.clear()
+    found = attack(toy, small, ledger=LEDGER)
+    asked = [len(images) for images in seen]
+    spent = torch.stack([flops(toy, images) for images in passes])
+    done = [next((step for step, each in enumerate(row) if each == LEDGER.dense), len(passes)) for row in spent.T.tolist()]
+    # Up to the pass in which it is done, an image is in every one of them.
+    assert asked == [count for step in range(len(passes)) if (count := sum(last >= step for last in done))]
+    assert min(done) < 13 <= max(done)
+    assert torch.equal(flops(toy, found.images), flops(toy, endless.images))
+    for image, last in enumerate(done):
+        if last < len(passes):
+            assert found.step[image] == last
+            torch.testing.assert_close(found.images[image], passes[last][image], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("space", BALLS, ids=NAMES)
@@ -309,6 +334,12 @@ def test_a_nan_gradient_is_refused_and_its_image_named(space: Ball) -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="steps and restarts must be at least 1, got"):
         ProjectedAttack(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first_step", [0.0, -1.0, math.inf, math.nan])
+def test_a_first_step_is_positive(first_step: float) -> None:
+    with pytest.raises(ValueError, match="first_step must be finite and positive, in radii, got"):
+        ProjectedAttack(first_step=first_step)
 
 
 def test_a_direction_needs_gates_to_choose_among() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from gatewatt.gating import DynamicNetwork, DynamicOutput, Execution
 
 BALLS: list[Ball] = [LinfBall(0.2), L2Ball(0.8)]
 NAMES = ["linf", "l2"]
+ENDLESS = replace(LEDGER, dense=1e9)
+"""The same prices, and no image that runs everything: every image is asked about to the end."""
 
 
 class Watched(Detached):
@@ -44,7 +47,7 @@ def flops(network: DynamicNetwork, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("space", BALLS, ids=NAMES)
 def test_it_asks_for_flops_alone_and_keeps_the_most(space: Ball, small: Tensor) -> None:
     network = Watched().eval()
-    found = SquareSearch(space=space, steps=30)(network, small, ledger=LEDGER)
+    found = SquareSearch(space=space, steps=30)(network, small, ledger=ENDLESS)
     assert len(network.asked) == 31
     assert {(execution, gradients) for _, execution, gradients in network.asked} == {("skipped", False)}
     assert torch.equal(network.asked[0][0], small)
@@ -53,6 +56,17 @@ def test_it_asks_for_flops_alone_and_keeps_the_most(space: Ball, small: Tensor) 
     for index, step in enumerate(found.step.tolist()):
         assert torch.equal(found.images[index], network.asked[step][0][index])
     assert spent.max(0).values.sum() > spent[0].sum()
+
+
+def test_an_image_that_runs_everything_is_asked_about_no_more(small: Tensor) -> None:
+    network = Watched().eval()
+    found = SquareSearch(space=BALLS[0], steps=30)(network, small, ledger=LEDGER)
+    counts = [len(images) for images, _, _ in network.asked]
+    done = flops(network, found.images) == LEDGER.dense
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 16 > counts[-1]
+    # An image is in the clean pass and in every query up to the one that opens everything.
+    assert sum(counts) == int(torch.where(done, found.step, 30).sum()) + 16
 
 
 def test_a_network_that_cannot_skip_is_asked_for_masked_passes(small: Tensor) -> None:
@@ -65,7 +79,7 @@ def test_a_network_that_cannot_skip_is_asked_for_masked_passes(small: Tensor) ->
 @pytest.mark.parametrize("space", [*BALLS, LinfBall(4 / 255), L2Ball(20.0)], ids=[*NAMES, "narrow", "wide"])
 def test_every_proposal_is_an_image_within_the_ball(space: Ball, small: Tensor) -> None:
     network = Watched().eval()
-    SquareSearch(space=space, steps=25)(network, small, ledger=LEDGER)
+    SquareSearch(space=space, steps=25)(network, small, ledger=ENDLESS)
     for images, _, _ in network.asked:
         assert bool(((images >= 0) & (images <= 1)).all())
         change = (images.double() - small.double()).flatten(1)
@@ -93,7 +107,7 @@ class Coarse(Watched):
 
 def test_stripes_come_first_and_squares_shrink() -> None:
     network, grey = Coarse().eval(), torch.full((1, 3, 16, 16), 0.5)
-    SquareSearch(space=LinfBall(0.4), steps=200, area=0.3)(network, grey, ledger=LEDGER)
+    SquareSearch(space=LinfBall(0.4), steps=200, area=0.3)(network, grey, ledger=ENDLESS)
     changes = [(images - grey)[0] for images, _, _ in network.asked]
     torch.testing.assert_close(changes[1].abs(), torch.full((3, 16, 16), 0.4), rtol=0, atol=1e-6)
     assert bool((changes[1] == changes[1][:, :1]).all())
@@ -123,7 +137,7 @@ def test_the_seed_matters(small: Tensor) -> None:
     asked = []
     for seed in (0, 1):
         network = Watched().eval()
-        SquareSearch(steps=3, seed=seed)(network, small, ledger=LEDGER)
+        SquareSearch(steps=3, seed=seed)(network, small, ledger=ENDLESS)
         asked.append(torch.stack([images for images, _, _ in network.asked[1:]]))
     assert bool((asked[0] != asked[1]).flatten(2).any(2).any(0).all())
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.training import QUIET, digits, skipnet, trainer
 
-from gatewatt.callbacks import AtomicCheckpointIO, ExitBudget, ExportCheckpoint, WeightAverage
-from gatewatt.networks import DVT
+from gatewatt.callbacks import AtomicCheckpointIO, ExitBudget, ExportCheckpoint, SaliencyCalibration, WeightAverage
+from gatewatt.networks import DVT, ManiDP
 from gatewatt.networks.checkpoint import load
 from gatewatt.tasks import DynamicTraining, Optimization
 
@@ -105,5 +105,9 @@ def test_what_would_calibrate_other_weights_is_refused(tmp_path: Path) -> None:
     task = DynamicTraining(DVT("small-32", 10, dim=16, depth=1, heads=2))
     with pytest.raises(ValueError, match="list WeightAverage before ExitBudget"):
         trainer(tmp_path, limit_train_batches=1, callbacks=[ExitBudget(images=32), WeightAverage()]).fit(task, digits())
+    task = DynamicTraining(ManiDP(8, width=4))
+    for callbacks in ([SaliencyCalibration(), WeightAverage()], [WeightAverage(), SaliencyCalibration()]):
+        with pytest.raises(ValueError, match="WeightAverage does not go with SaliencyCalibration"):
+            trainer(tmp_path, limit_train_batches=1, callbacks=callbacks).fit(task, digits())
     with pytest.raises(ValueError, match=r"decay must be in \(0, 1\), got 1"):
         WeightAverage(1)

@@ -46,7 +46,8 @@ def test_a_script_is_accepted_by_its_shell(shell: str, tmp_path: Path, capsys: p
         (["gatewatt", "price", "--checkpoint", "skipnet-38-cifar10-r"], {"skipnet-38-cifar10-robust"}),
         (["gatewatt", "audit", "--pat"], {"--patterns"}),
         (["gatewatt", "report", "ru"], {"runs"}),
-        (["gatewatt", "report", "--no"], {"--no-figures"}),
+        (["gatewatt", "report", "--no"], {"--no-figures", "--no-run"}),
+        (["gatewatt", "report", "tables/table04"], {"tables/table04"}),
         (["gatewatt", "completion", ""], set(SHELLS)),
     ],
 )

@@ -31,7 +31,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def figures(text: str) -> dict[str, int]:
     """First column -> MACs of a printed price table."""
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
-    return {row[0]: int(row[2].replace(",", "")) for row in rows}
+    return {row[0]: int(row[3].replace(",", "")) for row in rows}
 
 
 def test_prices_are_the_ledger_s_and_add_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +43,15 @@ def test_prices_are_the_ledger_s_and_add_up(capsys: pytest.CaptureFixture[str]) 
     assert printed["everything closed"] == ledger.fixed == printed["always computed"] + printed["the gates themselves"]
     assert printed["everything open"] == printed["everything closed"] + sum(ledger.prices.values())
     assert "1 FLOP = 1 multiply-accumulate" in text
+
+
+def test_units_stand_beside_the_gates_that_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["price", "--model.network", "gatewatt.networks.ManiDP", "--model.network.depth", "8", "--model.network.width", "4"]) == 0
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row[:3] for row in rows if row[0].startswith("blocks.1.")] == [
+        ["blocks.1.conv_a", "block1.mask1", "8"],
+        ["blocks.1.conv_b", "block1.mask1 x block1.mask2", "8 x 8"],
+    ]
 
 
 def test_flags_change_the_network(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.cli.recipes import BASE
 
 from gatewatt.cli import main, trainer
-from gatewatt.cli.trainer import reserve_folder
+from gatewatt.cli.folder import reserve_folder
 from gatewatt.recipes import load_recipes
 
 

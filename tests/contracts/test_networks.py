@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.contracts.zoo import FAMILIES, OBJECTIVES, sample, settled
 from torch import Tensor
 
 from gatewatt.attacks import EnergyAttack, HingeLoss, L2Ball, LinfBall, ProjectedAttack, SquareSearch, under_attack
+from gatewatt.defenses.nesting import lies_within
 from gatewatt.flops import FlopsLedger, compare_routes, price, random_patterns
 from gatewatt.gating import DynamicNetwork, DynamicOutput, Gate, check_finite, forced, gate_table, split_output
 from gatewatt.networks import ManiDP, ShallowDeep
@@ -81,6 +83,31 @@ def test_all_gates_open_is_the_static_network(network: DynamicNetwork) -> None:
         assert all(bool((gate.executed == 1).all()) for gate in opened.gates.values())
     else:
         assert torch.allclose(opened.logits, dense.logits, atol=1e-5)
+
+
+def test_the_surrogate_is_what_ran_whatever_the_gates_ask_for(network: DynamicNetwork, ledger: FlopsLedger) -> None:
+    with torch.no_grad():
+        own = network(sample()).gates
+        assert ledger.surrogate(own).tolist() == ledger(own).tolist()
+        for pattern in random_patterns(network, sample(), 4, seed=5):
+            with forced(network, pattern):
+                gates = network(sample()).gates
+            # A gate within others may ask for what cannot run; a halting score cannot.
+            asked = {name: replace(gate, score=pattern[name] if gate.within else gate.executed) for name, gate in gates.items()}
+            assert ledger.surrogate(asked).tolist() == ledger(gates).tolist()
+
+
+def test_a_gate_names_the_gates_that_it_lies_within(network: DynamicNetwork) -> None:
+    with torch.no_grad():
+        gates = network(sample()).gates
+    nested = {name: around for name, around in lies_within(network, 32).items() if around}
+    halting = "ponder" in network(sample()[:1], "dense").aux
+    assert {name: gate.within for name, gate in gates.items() if gate.within} == ({} if halting else nested)
+    if halting:
+        assert nested
+        for name, around in nested.items():
+            # What has halted never asks again, so a halting score needs no chain.
+            assert all(bool((gates[name].open <= gates[outer].open).all()) for outer in around)
 
 
 def test_four_routes_agree_and_skipping_changes_no_logit(network: DynamicNetwork, ledger: FlopsLedger) -> None:

@@ -41,16 +41,32 @@ def levels(count: int, size: int = 8) -> torch.Tensor:
 def test_what_is_kept_is_found_again_by_image() -> None:
     cache, kept = PerturbationCache(restart=0.0), levels(3)
     ids = torch.tensor([7, 2, 5])
-    assert torch.equal(cache.start(ids, whole(3), kept), torch.zeros_like(kept))
+    assert torch.equal(cache.start(ids, whole(3), torch.zeros_like(kept)), torch.zeros_like(kept))
     cache.keep(ids, whole(3), kept)
     again = cache.start(torch.tensor([5, 7, 4, 90]), whole(4), torch.zeros(4, 3, 8, 8))
     torch.testing.assert_close(again, torch.stack([kept[2], kept[0], torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)]))
     restored = PerturbationCache(restart=0.0)
     restored.load_state_dict(cache.state_dict())
-    assert torch.equal(restored.start(ids, whole(3), kept), cache.start(ids, whole(3), kept))
+    nothing = torch.zeros_like(kept)
+    assert torch.equal(restored.start(ids, whole(3), nothing), cache.start(ids, whole(3), nothing))
     for epoch, forgotten in ((9, False), (10, True)):
         cache.begin_epoch(epoch)
-        assert (cache.start(ids, whole(3), kept).abs().sum() == 0) == forgotten
+        assert (cache.start(ids, whole(3), nothing).abs().sum() == 0) == forgotten
+
+
+def test_what_is_not_known_starts_afresh() -> None:
+    cache, kept, fresh = PerturbationCache(restart=0.0), levels(3), torch.full((4, 3, 8, 8), 0.007)
+    assert torch.equal(cache.start(torch.arange(4), whole(4), fresh), fresh)
+    cache.keep(torch.tensor([3, 0, 1]), whole(3), kept)
+    # Image 2 lies between known ones, image 90 beyond them.
+    again = cache.start(torch.tensor([0, 2, 90, 3]), whole(4), fresh)
+    torch.testing.assert_close(again, torch.stack([kept[1], fresh[1], fresh[2], kept[0]]))
+    cold = PerturbationCache(restart=0.5)
+    cold.load_state_dict(cache.state_dict())
+    some = cold.start(torch.zeros(400, dtype=torch.int64), whole(400), fresh[:1].expand(400, -1, -1, -1))
+    restarts = (some == 0.007).flatten(1).all(1)
+    assert 0.4 < restarts.float().mean() < 0.6
+    torch.testing.assert_close(some[~restarts], kept[1].expand(int((~restarts).sum()), -1, -1, -1))
 
 
 def test_crops_and_flips_are_undone_on_the_way_in_and_done_on_the_way_out() -> None:
@@ -64,7 +80,7 @@ def test_crops_and_flips_are_undone_on_the_way_in_and_done_on_the_way_out() -> N
         batch = data.split("train")[BatchKey(3, epoch, 2, ids)].images
         crops = crops_of(data, epoch, 2, 4)
         picture = (255 * batch).round() / 2 // 1 / 255
-        shown = cache.start(ids, crops, batch)
+        shown = cache.start(ids, crops, torch.zeros_like(batch))
         known = shown != 0
         assert torch.allclose(shown[known], picture[known], atol=1e-6)
         if epoch:
@@ -80,7 +96,7 @@ def test_crops_and_flips_are_undone_on_the_way_in_and_done_on_the_way_out() -> N
 def test_some_images_start_from_nothing() -> None:
     cache, kept = PerturbationCache(restart=0.25), torch.full((400, 3, 2, 2), 4 / 255)
     cache.keep(torch.arange(400), whole(400), kept)
-    cold = (cache.start(torch.arange(400), whole(400), kept).flatten(1) == 0).all(1).float().mean()
+    cold = (cache.start(torch.arange(400), whole(400), torch.zeros_like(kept)).flatten(1) == 0).all(1).float().mean()
     assert 0.15 < cold < 0.35
 
 
@@ -90,7 +106,7 @@ def test_two_steps_from_the_cache_reach_further_than_two_cold_ones() -> None:
     attack, cache = two_steps(), PerturbationCache(restart=0.0)
     batch, loss = Batch(images, torch.zeros(12, dtype=torch.int64), ids), []
     for _ in range(3):
-        adversarial = attack_from(cache.start(ids, whole(12), images), attack, network, batch, ledger)
+        adversarial = attack_from(cache.start(ids, whole(12), torch.zeros_like(images)), attack, network, batch, ledger)
         cache.keep(ids, whole(12), adversarial - images)
         assert (adversarial - images).abs().max() <= EPS + 1e-6
         assert 0 <= adversarial.min() <= adversarial.max() <= 1

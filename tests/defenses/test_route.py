@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from tests.contracts.zoo import sample, settled, warmed
 from torch.nn import functional
 
 from gatewatt.attacks import AutoEnergy, GradMDM
-from gatewatt.defenses import FixedRoute, busiest_route
+from gatewatt.defenses import FixedRoute, busiest_route, described
+from gatewatt.defenses.route import route_of
 from gatewatt.flops import compare_routes, price, random_patterns
 from gatewatt.gating import forced, gate_table
 from gatewatt.networks import SkipNet
+from gatewatt.networks.checkpoint import save
 from gatewatt.objectives import ComputeTarget
 
 BLOCKS = ["block1", "block2", "block3", "block4", "block5"]
@@ -107,6 +110,19 @@ def test_an_attack_runs_and_changes_no_flop(skipnet: SkipNet) -> None:
         assert bool(torch.isfinite(adversarial).all())
         with torch.no_grad():
             assert ledger(route(adversarial, "skipped").gates).tolist() == [ledger.dense] * 3
+
+
+def test_a_route_is_found_again_by_the_card_of_its_checkpoint(skipnet: SkipNet, tmp_path: Path) -> None:
+    route = FixedRoute(skipnet, ["block1", "block3"])
+    file = tmp_path / "static.safetensors"
+    save(skipnet, file, card={"defense": described(route)})
+    assert route_of(file) == ("block1", "block3")
+    assert described(FixedRoute(skipnet, str(file))) == described(route)
+    for name, card in {"plain": {}, "undefended": {"defense": None}, "capped": {"defense": {"name": "BudgetGuard", "budget": 0.5}}}.items():
+        save(skipnet, tmp_path / f"{name}.safetensors", card=card)
+        assert route_of(tmp_path / f"{name}.safetensors") is None
+    with pytest.raises(ValueError, match=r"plain.safetensors is of no static network: its card names no route"):
+        FixedRoute(skipnet, str(tmp_path / "plain.safetensors"))
 
 
 def test_an_impossible_route_says_so(skipnet: SkipNet) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gatewatt
 from gatewatt.data import DigitsData
-from gatewatt.diagnosis import CHECKS, Diagnosis, doctor
+from gatewatt.diagnosis import CHECKS, Diagnosis, Settings, doctor
 from gatewatt.gating import DynamicNetwork
 from gatewatt.metrics import write_summary
 from gatewatt.networks import SkipNet
@@ -35,8 +35,9 @@ def small() -> Tensor:
     return torch.randint(256, (60, 3, 2, 2), generator=torch.Generator().manual_seed(3)) / 255
 
 
-def diagnosis_of(network: DynamicNetwork, **settings: object) -> Diagnosis:
-    return doctor(network.eval(), small(), ledger=LEDGER, **{"eps": 0.1, "steps": 20, **settings})  # type: ignore[arg-type]
+def diagnosis_of(network: DynamicNetwork, source: DynamicNetwork | None = None, **settings: object) -> Diagnosis:
+    given = Settings(**{"eps": 0.1, "steps": 20, **settings})  # type: ignore[arg-type]
+    return doctor(network.eval(), small(), settings=given, ledger=LEDGER, source=source)
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:
@@ -69,14 +70,14 @@ def test_a_planted_fake_is_caught_by_name(fake: str) -> None:
 @pytest.mark.parametrize("checkpoint", ["avit-small-digits", "dvt-small-digits"])
 def test_an_honest_network_passes(checkpoint: str) -> None:
     images, labels = digits(10)
-    diagnosis = doctor(load(checkpoint), images, labels, eps=0.06, steps=4)
+    diagnosis = doctor(load(checkpoint), images, labels, Settings(eps=0.06, steps=4))
     assert {check.outcome for check in diagnosis.checks} == {"pass"}, diagnosis.verdict
     assert diagnosis.figures["accuracy_clean"] == 1
     assert diagnosis.figures["recovery_percent"] > 90
 
 
 def test_a_few_images_on_one_route_prove_nothing() -> None:
-    diagnosis = doctor(fakes.AlwaysOn().eval(), small()[:12], ledger=LEDGER, steps=1)
+    diagnosis = doctor(fakes.AlwaysOn().eval(), small()[:12], settings=Settings(steps=1), ledger=LEDGER)
     assert {name: diagnosis[name].outcome for name in ("gates vary", "routes differ")} == {
         "gates vary": "cannot tell",
         "routes differ": "cannot tell",
@@ -138,7 +139,7 @@ def test_the_network_is_left_as_it_was(network: SkipNet, images: Tensor) -> None
     network.train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     torch.manual_seed(4)
-    gatewatt.doctor(network, images, steps=1)
+    gatewatt.doctor(network, images, settings=Settings(steps=1))
     drawn = torch.rand(3)
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
@@ -166,7 +167,6 @@ def test_it_is_written_as_json(tmp_path: object) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"eps": 1.0}, "eps must be above 0 and below 1, where it is no bound, got 1"),
         ({"eps": float("nan")}, "eps must be above 0 and below 1"),
-        ({"labels": torch.zeros(3)}, "labels must have shape"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
@@ -174,9 +174,11 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object], message:
         diagnosis_of(Logistic(), **settings)
 
 
-def test_one_image_is_too_few() -> None:
+def test_images_and_labels_that_prove_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="images must be at least 2, got 1"):
         doctor(Logistic().eval(), small()[:1], ledger=LEDGER)
+    with pytest.raises(ValueError, match="labels must have shape"):
+        doctor(Logistic().eval(), small(), torch.zeros(3), ledger=LEDGER)
 
 
 def test_an_unknown_check_is_named() -> None:

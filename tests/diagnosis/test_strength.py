@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.toys import LEDGER, Logistic
 
-from gatewatt.diagnosis import Evidence, strength
+from gatewatt.diagnosis import Evidence, Settings, strength
 from gatewatt.diagnosis.evidence import LONGER, Attacked, Passes
 
 N = 40
@@ -27,7 +27,7 @@ def attacked(
 def evidence(clean: np.ndarray = CLEAN, **white: Attacked) -> Evidence:
     """Evidence with clean FLOPs, and with attacks at ``half``, ``own``, ``twice`` and ``four`` times the radius, ``unbounded`` and ``long``."""
     images = torch.full((N, 3, 2, 2), 0.5)
-    found = Evidence(Logistic().eval(), images, None, LEDGER, source=None, norm="linf", eps=0.1, steps=10, batch_size=50, seed=0)
+    found = Evidence(Logistic().eval(), images, settings=Settings(eps=0.1, steps=10), ledger=LEDGER)
     found.__dict__["clean"] = Passes(clean, np.zeros((N, 5), dtype=bool), np.zeros(N))
     keys = {"half": (0.05, 10), "own": (0.1, 10), "twice": (0.2, 10), "four": (0.4, 10), "unbounded": (1.0, 10 * LONGER), "long": (0.1, 10 * LONGER)}
     found._white.update({keys[name]: attack for name, attack in white.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -69,7 +70,6 @@ def test_flops_follow_what_ran_and_not_what_the_scores_ask_for() -> None:
     # An earlier exit stopped the image although its gate asks for more.
     stopped = {name: Gate(torch.full((1, units), 0.9), torch.tensor(0.5), torch.zeros(1, units)) for name, units in LEDGER.units.items()}
     assert LEDGER(stopped).tolist() == [100]
-    assert LEDGER.surrogate(stopped).tolist() == [7100]
 
 
 def test_weights_are_the_finite_differences_of_the_law_at_full_width(gates: dict[str, Gate]) -> None:
@@ -111,6 +111,44 @@ def test_the_gradient_of_the_surrogate_is_price_over_units(gates: dict[str, Gate
         assert slopes["b"][image].tolist() == pytest.approx([1200 * used["a"][image] / 3] * 3)
         assert slopes["t"][image].tolist() == pytest.approx([2 * 5000 * used["t"][image] / 10] * 10)
     assert slopes["free"] is None
+
+
+NESTED = FlopsLedger(
+    prices={"segment1": 700.0, "segment2": 500.0, "segment3": 1100.0, "block": 900.0},
+    charges=(Charge("segment1", ("exit1",)), Charge("segment2", ("exit2",)), Charge("segment3", ("exit3",)), Charge("block", ("channels",))),
+    dense=3300.0,
+    fixed=100.0,
+    overhead=0.0,
+    resolution=(8, 8),
+    units={"exit1": 1, "exit2": 1, "exit3": 1, "channels": 2},
+)
+"""Three exits in a chain, and two channels of a block in the second segment."""
+WITHIN: dict[str, tuple[str, ...]] = {"exit1": (), "exit2": ("exit1",), "exit3": ("exit1", "exit2"), "channels": ("exit1", "exit2")}
+
+
+def nested_law(one: float, two: float, three: float, *channels: float) -> float:
+    """What ran, whatever the scores are: a number between 0 and 1 is a share."""
+    return 100 + one * (700 + two * (500 + three * 1100 + 900 * sum(channels) / 2))
+
+
+def test_the_surrogate_of_nested_gates_is_what_ran_and_its_gradient_the_finite_difference() -> None:
+    # Every pattern of what the five units ask for; the straight-through gradient is that of the law with scores for decisions.
+    asked = torch.tensor(list(product((0.0, 1.0), repeat=5)), dtype=torch.float64)
+    scores = [part.clone().requires_grad_() for part in asked.split([1, 1, 1, 2], dim=1)]
+    gates = {name: Gate(score, torch.tensor(0.5), score.detach(), within=WITHIN[name]) for name, score in zip(WITHIN, scores, strict=True)}
+    flops = NESTED.surrogate(gates)
+    ran = {name: replace(gate, executed=gate.executed * stacked(gates, gate.within)) for name, gate in gates.items()}
+    assert flops.tolist() == NESTED(ran).tolist() == [nested_law(*units) for units in asked.tolist()]
+    slopes = torch.cat(torch.autograd.grad(flops.sum(), scores), dim=1)
+    for units, slope in zip(asked.tolist(), slopes.tolist(), strict=True):
+        moved = [[[*units[:unit], units[unit] + step, *units[unit + 1 :]] for step in (0.25, -0.25)] for unit in range(5)]
+        # Exact: the law is linear in each unit.
+        assert slope == pytest.approx([(nested_law(*up) - nested_law(*down)) / 0.5 for up, down in moved], abs=1e-9)
+
+
+def stacked(gates: dict[str, Gate], names: tuple[str, ...]) -> Tensor:
+    """1 where all of the gates named ask for more, (B, 1)."""
+    return torch.stack([torch.ones(32, 1), *(gates[name].open.float() for name in names)]).prod(0)
 
 
 def test_what_is_booked_on_gates_is_what_exceeds_the_fixed_part(gates: dict[str, Gate]) -> None:

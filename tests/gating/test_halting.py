@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatewatt.gating import accumulate, advance, go_on_score, start_halting
+from gatewatt.gating import HaltingState, accumulate, advance, go_on_score, start_halting
 
 LAYERS, EPS = 6, 0.01
 
@@ -14,13 +14,14 @@ LAYERS, EPS = 6, 0.01
 class Run:
     """Scores h (L, B, U) of the first L layers; the last layer has none. ``decided`` (L, B, U) overrides the scores' own decisions."""
 
-    def __init__(self, halting: Tensor, decided: Tensor | None = None, frozen: bool = False) -> None:
+    def __init__(self, halting: Tensor, decided: Tensor | None = None) -> None:
         state = start_halting(halting[0])
+        score = state.running
         weights, scores, executed = [], [], [state.running]
         for layer, h in enumerate(halting):
-            cumulative = accumulate(state, h, frozen=frozen)
-            scores.append(go_on_score(cumulative, EPS))
-            go_on = (scores[-1] >= 0.5).to(h) if decided is None else decided[layer]
+            cumulative, score = accumulate(state, h), go_on_score(state, torch.logit(h), score, EPS)
+            scores.append(score)
+            go_on = (score >= 0.5).to(h) if decided is None else decided[layer]
             weight, state = advance(state, h, cumulative, go_on)
             weights.append(weight)
             executed.append(state.running)
@@ -98,33 +99,45 @@ def test_no_gradient_runs_through_the_decision() -> None:
     assert torch.autograd.grad(run.weights.square().sum() + run.ponder.sum(), decided, allow_unused=True) == (None,)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_forced_decisions_are_obeyed_but_cannot_wake_what_stopped(frozen: bool) -> None:
+def test_forced_decisions_are_obeyed_but_cannot_wake_what_stopped() -> None:
     decided = (torch.rand(LAYERS - 1, 3, 40, generator=torch.Generator().manual_seed(5)) < 0.7).double()
-    run = Run(scores(5), decided, frozen)
+    run = Run(scores(5), decided)
     assert torch.equal(run.executed[1:], decided.cumprod(0))
     torch.testing.assert_close(run.weights.sum(0), torch.ones_like(run.ponder))
     assert bool((run.weights[1:] == 0)[run.executed[1:] == 0].all())
     assert bool(torch.isfinite(run.ponder).all())
 
 
-def test_frozen_sums_stay_and_others_grow_with_the_same_decisions() -> None:
-    halting = scores(6)
-    frozen, growing = Run(halting, frozen=True), Run(halting)
-    for part in ("executed", "weights", "ponder"):
-        torch.testing.assert_close(getattr(frozen, part), getattr(growing, part))
-    stopped = frozen.executed[1:-1] == 0
-    assert torch.equal(frozen.scores[1:][stopped], frozen.scores[:-1][stopped])
-    assert bool((growing.scores[1:][stopped] < growing.scores[:-1][stopped]).all())
+def test_what_stopped_keeps_its_score_so_that_no_gate_asks_for_more_than_ran() -> None:
+    run = Run(scores(6))
+    stopped = run.executed[1:-1] == 0
+    assert bool(stopped.any())
+    assert torch.equal(run.scores[1:][stopped], run.scores[:-1][stopped])
+    assert torch.equal(run.scores >= 0.5, run.executed[1:] == 1)
+
+
+def running_at(cumulative: Tensor) -> HaltingState:
+    """Units that run, with these sums of scores."""
+    return HaltingState(torch.ones_like(cumulative), cumulative, torch.zeros_like(cumulative))
 
 
 @pytest.mark.parametrize("eps", [0.01, 0.3])
 def test_a_score_is_the_native_test_on_a_scale_from_zero_to_one(eps: float) -> None:
-    total = torch.cat([torch.rand(10_000, dtype=torch.float64) * 2, torch.tensor([0.0, 1 - eps, 40.0], dtype=torch.float64)])
-    score = go_on_score(total.requires_grad_(), eps)
-    assert torch.equal(score >= 0.5, total <= 1 - eps)
+    before, logits = torch.rand(10_000, dtype=torch.float64) * (1 - eps), 8 * torch.randn(10_000, dtype=torch.float64)
+    score = go_on_score(running_at(before), logits.requires_grad_(), torch.ones(()), eps)
+    assert torch.equal(score >= 0.5, before + torch.sigmoid(logits) <= 1 - eps)
     assert score.min() > 0
-    assert score.max() == 1
-    (slope,) = torch.autograd.grad(score.sum(), total)
+    assert score.max() < 1
+    (slope,) = torch.autograd.grad(score.sum(), logits)
     assert slope.max() < 0
-    assert bool(torch.isfinite(slope).all())
+    assert torch.autograd.gradcheck(lambda a: go_on_score(running_at(before[:50]), a, torch.ones(()), eps), logits[:50].detach().requires_grad_())
+
+
+def test_a_unit_that_halts_firmly_has_a_slope_though_its_halting_score_is_rounded_to_one() -> None:
+    logits = torch.tensor([[5.0, 12.0, 20.0, 60.0]], requires_grad=True)
+    assert (torch.sigmoid(logits)[0] == 1).tolist() == [False, False, True, True]
+    score = go_on_score(running_at(torch.zeros(1, 4)), logits, torch.ones(1, 4))
+    assert bool((score < 0.5).all())
+    # What a loss in logits follows: the further from opening, the lower, at slope 1.
+    (slope,) = torch.autograd.grad(torch.logit(score).sum(), logits)
+    assert slope[0].tolist() == pytest.approx([-1.0] * 4, abs=0.01)

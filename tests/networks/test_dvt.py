@@ -15,7 +15,8 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, gelu, interpolate, 
 from gatewatt.flops import compare_routes, price, random_patterns
 from gatewatt.flops.handles import analyse
 from gatewatt.gating import Execution, check_finite, forced, gate_table
-from gatewatt.networks.dvt import DVT, LAYOUTS, BackboneName, Handover, Performer, Resampling, Stage, sinusoids
+from gatewatt.networks.dvt import DVT, LAYOUTS, BackboneName, Handover, Resampling, Stage
+from gatewatt.networks.t2t import Performer, sinusoids
 
 TINY = {"dim": 16, "depth": 2, "heads": 2}
 SIZES: dict[str, int] = {"small-32": 32, "deit-s": 48, "t2t-12": 64}

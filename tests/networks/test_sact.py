@@ -235,7 +235,7 @@ def written_out(network: SACT, images: Tensor, static: bool = False) -> Referenc
     scores, executed, ponder = [], [], torch.zeros(len(images), dtype=x.dtype)
     for block, count in enumerate(units):
         states, halting, running, mask = [], [], [], torch.ones(())
-        cumulative = torch.zeros(())
+        cumulative, score = torch.zeros(()), torch.ones(())
         for unit in range(count):
             name, stride = f"blocks.{block}.units.{unit}", 2 if block and not unit else 1
             active = act(norm(x, f"{name}.preactivation.0"))
@@ -265,10 +265,11 @@ def written_out(network: SACT, images: Tensor, static: bool = False) -> Referenc
             states.append(x)
             halting.append(h)
             running.append(mask.expand_as(h))
+            score = torch.where(mask > 0, (1 - h) / (1 - h + eps + cumulative), score)
             cumulative = cumulative + h
             mask = mask * (cumulative < 1 - eps)
             if unit < count - 1:
-                scores.append(((1 - eps) / (1 - eps + cumulative)).flatten(1))
+                scores.append(score.flatten(1))
                 executed.append(mask.expand_as(h).flatten(1))
         # N counts the units that ran; a sum stops growing in its position's own time.
         number, average, cost = torch.stack(running).sum(0), torch.zeros_like(x), torch.zeros_like(halting[0])
@@ -299,7 +300,7 @@ def test_the_network_is_the_one_written_out(halting: Halting, depth: int, images
     for gate, score, executed in zip(deciding, expected.scores, expected.executed, strict=True):
         torch.testing.assert_close(gate.score, score)
         assert torch.equal(gate.executed, executed.to(gate.executed))
-        assert torch.equal(gate.executed, gate.open.to(gate.executed)), "sums never fall, so what a score asks for is what ran"
+        assert torch.equal(gate.executed, gate.open.to(gate.executed)), "what halted repeats a closed score, so what a score asks for is what ran"
     rates = [float(executed.mean()) for executed in expected.executed]
     assert sum(0 < rate < 1 for rate in rates) > 1, f"the fixture decides nothing: {rates}"
 
@@ -419,7 +420,7 @@ def test_every_gate_has_a_gradient_at_the_input_of_its_own_image_alone(network: 
     output = network(images)
     for gate in output.gates.values():
         for units in (gate.executed[1] == 0, gate.executed[1] == 1):
-            # Also of what has halted, whose sums grow on.
+            # Also of what had halted before, which repeats the score with which it did.
             if not units.any():
                 continue
             (slope,) = torch.autograd.grad(gate.score[1][units].sum(), images, retain_graph=True)
@@ -427,6 +428,19 @@ def test_every_gate_has_a_gradient_at_the_input_of_its_own_image_alone(network: 
             assert slope[1].abs().max() > 0
             assert slope[[0, 2]].abs().max() == 0
     assert not bool(gate_table(output.gates).executed.all())
+
+
+@pytest.mark.parametrize("halting", KINDS)
+def test_units_that_halt_firmly_can_be_attacked(halting: Halting, images: Tensor) -> None:
+    network = unsettled(20, halting)
+    for name, bias in network.named_parameters():
+        if ".heads." in name and name.endswith(("project.bias", "local.layers.0.bias")):
+            nn.init.constant_(bias, 30.0)
+    images = images[:1].requires_grad_()
+    table = gate_table(network(images).gates)
+    assert not bool(table.executed.any()), "every halting score is to be 1 in float32, whose sigmoid has no slope there"
+    (slope,) = torch.autograd.grad(table.score.log().mean(), images)
+    assert slope.abs().max() > 1e-6
 
 
 def test_no_gradient_runs_through_the_mask(network: SACT, images: Tensor) -> None:

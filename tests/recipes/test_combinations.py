@@ -86,6 +86,45 @@ def test_what_a_recipe_spares_from_weight_decay_is_there(name: str) -> None:
         assert all(parameter.ndim > 1 for parameter in decayed)
 
 
+def trains(path: Path) -> bool:
+    """Whether a recipe is one that trains a dynamic network on clean images."""
+    return load_recipes([path.stem]).settings["model"]["class_path"] == "gatewatt.tasks.DynamicTraining"
+
+
+TRAINED = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml") if trains(path))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_schedule_has_a_short_variant_and_keeps_its_loss(name: str) -> None:
+    own = load_recipes([name]).settings
+    short = load_recipes([name, "schedule/two-cores"]).settings
+    ours, theirs = ({**each["model"]["init_args"], "optimization": None} for each in (own, short))
+    assert ours == theirs
+    assert short["trainer"]["callbacks"] == own["trainer"]["callbacks"]
+    assert (short["trainer"]["max_epochs"], short["trainer"]["max_steps"], short["trainer"]["accelerator"]) == (20, -1, "cpu")
+    optimization = Optimization(**short["model"]["init_args"]["optimization"]["init_args"])
+    assert (optimization.schedule, optimization.lr) == ("one_cycle", own["model"]["init_args"]["optimization"]["init_args"]["lr"])
+
+
+ORIGINALS = {"skipnet-38-cifar10-original", "skipnet-38-cifar10-hrl", "sact-32-cifar10-original", "manidp-56-cifar10-original"}
+ORIGINALS |= {"shallow-deep-resnet-56-cifar10-original", "skipnet-101-imagenet", "skipnet-101-imagenet-hrl", "sact-101-imagenet"}
+ORIGINALS |= {"manidp-18-imagenet", "dvt-t2t-12-imagenet", "avit-tiny-imagenet"}
+"""Of every family, what its authors published."""
+
+
+@pytest.mark.parametrize("name", sorted(ORIGINALS))
+def test_an_original_schedule_goes_to_other_data_whole(name: str) -> None:
+    data = "cub200" if "imagenet" in name else "cifar100"
+    own, moved = (load_recipes(recipes).settings for recipes in ([name], [name, f"data/{data}"]))
+    assert moved["model"]["init_args"]["network"]["init_args"]["num_classes"] == CLASSES[data]
+    assert moved["data"]["class_path"] != own["data"]["class_path"]
+    for part in ("objective", "optimization"):
+        assert moved["model"]["init_args"][part] == own["model"]["init_args"][part]
+    assert moved["trainer"] == own["trainer"]
+    # The file is named after the data that it was trained on.
+    assert any("{dataset}" in callback.get("init_args", {}).get("name", "") for callback in moved["trainer"]["callbacks"])
+
+
 def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The error of a command that is refused."""
     assert main(arguments) == 2

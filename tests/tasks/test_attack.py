@@ -11,8 +11,8 @@ from tests.training import QUIET, batches, digits, skipnet, trainer
 from torch import Tensor
 
 from gatewatt.attacks import EnergyAttack, GradMDM
-from gatewatt.flops import audit, price
-from gatewatt.gating import gate_table
+from gatewatt.flops import FlopsLedger, audit, price
+from gatewatt.gating import DynamicNetwork, gate_table
 from gatewatt.metrics.record import ImageRecord
 from gatewatt.networks import SkipNet, checkpoint
 from gatewatt.tasks import EnergyAttackEvaluation
@@ -75,9 +75,16 @@ def test_an_attack_that_rounding_undoes_recovers_nothing_after_rounding(tmp_path
         assert row.mse_levels2_8bit == pytest.approx(0, abs=1e-8)
 
 
-def test_the_source_is_attacked_and_the_target_measured(tmp_path: Path) -> None:
+def test_the_source_is_attacked_and_the_target_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, source = skipnet(1), skipnet(2, depth=14, gate="feedforward2")
     expected = attacked_by_hand(source.to(memory_format=torch.channels_last))
+    priced: list[object] = []
+
+    def counted(network: DynamicNetwork, image: Tensor) -> FlopsLedger:
+        priced.append(network)
+        return price(network, image)
+
+    monkeypatch.setattr("gatewatt.tasks.attack.price", counted)
     task = EnergyAttackEvaluation(target, ATTACK, source=source)
     trainer(tmp_path).test(task, digits(), verbose=False)
     for row in task.rows:
@@ -85,9 +92,18 @@ def test_the_source_is_attacked_and_the_target_measured(tmp_path: Path) -> None:
         assert (row.flops_clean, row.flops_adversarial) == (audit(target, clean[None]), audit(target, adversarial[None]))
         # The source's own prices weighed its gates, else these would be other images.
         assert row.mse_levels2 == pytest.approx((255 * (adversarial.double() - clean.double())).square().mean().item())
+    assert priced == [source], "two batches, one price list"
     described = task.describe()
     assert described["attack"]["source"]["gate"] == "feedforward2"
     assert described["network"]["gate"] == "recurrent"
+
+
+def test_an_attack_whose_loss_holds_the_labels_runs_within_a_test(tmp_path: Path) -> None:
+    # Lightning's batches are made in inference mode there, and no graph takes such a tensor.
+    task = EnergyAttackEvaluation(skipnet(), EnergyAttack(steps=1, cross_entropy_weight=1.0))
+    trainer(tmp_path).test(task, digits(), verbose=False)
+    assert len(task.rows) == 12
+    assert all(row.mse_levels2 > 0 for row in task.rows)
 
 
 def test_a_test_leaves_the_network_as_it_was(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from gatewatt.data import Mixing
+from gatewatt.defenses import BitDepth, Defended, Wrapper
 from gatewatt.flops import FlopsLedger, audit, price
-from gatewatt.gating import DynamicOutput
+from gatewatt.gating import DynamicNetwork, DynamicOutput
 from gatewatt.networks import SkipNet
 from gatewatt.objectives import ComputeTarget, Terms
 from gatewatt.tasks import DynamicTraining, Optimization
@@ -108,10 +110,18 @@ def test_mixed_batches_are_what_the_objective_sees_and_depend_on_the_step_alone(
     assert not torch.equal(plain.network.trunk.head.weight, weights[0])
 
 
-@pytest.mark.parametrize("verb", ["validate", "test"])
-def test_accuracy_and_flops_are_those_of_an_image_by_image_count(verb: str, tmp_path: Path) -> None:
-    network = skipnet()
-    task = DynamicTraining(network)
+def posterized(network: DynamicNetwork) -> Wrapper:
+    """A defense that changes every image a lot."""
+    return Defended(network, BitDepth(1))
+
+
+@pytest.mark.parametrize(("verb", "defense"), [("validate", None), ("test", None), ("test", posterized)])
+def test_accuracy_and_flops_are_those_of_an_image_by_image_count(
+    verb: str, defense: Callable[[DynamicNetwork], Wrapper] | None, tmp_path: Path
+) -> None:
+    plain = skipnet()
+    task = DynamicTraining(plain, defense=defense)
+    network: DynamicNetwork = plain if defense is None else defense(plain)
     (figures,) = getattr(trainer(tmp_path), verb)(task, digits(), verbose=False)
     split = "val" if verb == "validate" else "test"
     network.eval()
@@ -120,7 +130,9 @@ def test_accuracy_and_flops_are_those_of_an_image_by_image_count(verb: str, tmp_
     flops = [audit(network, image[None]) for image in images]
     with torch.no_grad():
         correct = sum(int(network(image[None]).logits.argmax()) == int(label) for image, label in zip(images, labels, strict=True))
-    assert len(set(flops)) > 1
+    undefended = [audit(plain, image[None]) for image in images]
+    assert len(set(undefended)) > 1
+    assert (flops == undefended) == (defense is None)
     assert figures == {
         f"{split}/accuracy": pytest.approx(correct / 12),
         f"{split}/flops_clean": sum(flops) / 12,

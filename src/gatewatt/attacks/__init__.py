@@ -1,5 +1,6 @@
 """Energy attacks: losses, directions and spaces plug into two loops; ensembles, searches and noise beside them."""
 
+from gatewatt.attacks.accuracy import AccuracyPGD
 from gatewatt.attacks.auto import AutoEnergy
 from gatewatt.attacks.base import Attack, AttackResult, BestIterate, BrokenGradientError, NoGradientError, under_attack
 from gatewatt.attacks.deepsloth import DeepSloth
@@ -31,6 +32,7 @@ from gatewatt.attacks.zoo import ABLATIONS, ILFO, GradAuto, GradMDM, GradMDMRele
 __all__ = [
     "ABLATIONS",
     "ILFO",
+    "AccuracyPGD",
     "Attack",
     "AttackResult",
     "AutoEnergy",

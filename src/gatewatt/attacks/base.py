@@ -23,7 +23,7 @@ class AttackResult(NamedTuple):
     Attributes:
         images: perturbed images in [0, 1], (B, 3, H, W), float32.
         step: after how many updates each image was taken, (B,); the last one unless the best was kept.
-        member: of an ensemble, the index of the member that each image is from, (B,); -1 where none improved on the image itself.
+        member: of an ensemble, the index of the member or round that each image is from, (B,); -1 where none improved on the image itself.
     """
 
     images: Tensor
@@ -134,7 +134,8 @@ class Attack(ABC):
             check_labels(labels, images)
         ledger = ledger or price(network, images[:1])
         with under_attack(network, self.decision):
-            return self.craft(network, images.detach().clone().float(), labels, ledger)
+            # Copies that a graph may hold: those of a Trainer's test were made in inference mode.
+            return self.craft(network, images.detach().clone().float(), None if labels is None else labels.clone(), ledger)
 
 
 def described_part(part: object) -> dict[str, Any]:
@@ -167,8 +168,8 @@ class BrokenGradientError(ValueError):
         self.image = image
 
 
-def refuse_broken(images: Tensor) -> None:
-    """Raise if a gradient or a perturbed image (B, 3, H, W) is not finite.
+def refuse_broken(images: Tensor, rows: Tensor | None = None) -> None:
+    """Raise if a gradient or a perturbed image (b, 3, H, W) is not finite; ``rows`` are their positions in the batch, if not 0, 1, 2 and on.
 
     A NaN image closes every gate and would be recorded as one that saved FLOPs.
 
@@ -177,7 +178,8 @@ def refuse_broken(images: Tensor) -> None:
     """
     broken = ~torch.isfinite(images).flatten(1).all(dim=1)
     if bool(broken.any()):
-        raise BrokenGradientError(int(broken.nonzero()[0]))
+        first = int(broken.nonzero()[0])
+        raise BrokenGradientError(first if rows is None else int(rows[first]))
 
 
 class NoGradientError(ValueError):
@@ -218,6 +220,10 @@ def image_noise(images: Tensor, seed: int, draw: int = 0) -> Tensor:
     return torch.stack(drawn).to(images)
 
 
+RELATIVE_SLACK = 1e-9
+"""FLOPs closer than this share of dense are dense: sums of price times usage round in the last bits of float64."""
+
+
 class BestIterate:
     """Each image's iterate of most true FLOPs, ties broken by the smaller squared error.
 
@@ -231,15 +237,27 @@ class BestIterate:
         self.error = torch.full((len(images),), torch.inf, device=images.device)
         self.step = torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
-    def offer(self, candidate: Tensor, flops: Tensor, step: int | Tensor) -> Tensor:
-        """Take ``candidate`` (B, 3, H, W) with its ``flops`` (B,) for the images it is better for; returns which these are, bool (B,)."""
+    def offer(self, candidate: Tensor, flops: Tensor, step: int | Tensor, rows: Tensor | None = None) -> Tensor:
+        """Take candidates for the images that they are better for; returns which these are, bool (b,).
+
+        Args:
+            candidate: (b, 3, H, W), b = B unless ``rows`` are given.
+            flops: their true FLOPs, (b,).
+            step: after how many updates, one number or (b,).
+            rows: positions in the batch that the candidates are for, (b,); all of them when left out.
+        """
+        rows = torch.arange(len(self.images), device=self.images.device) if rows is None else rows
         candidate = candidate.detach()
-        error = (candidate - self.original).square().mean((1, 2, 3))
-        better = (flops > self.flops) | ((flops == self.flops) & (error < self.error))
-        self.images = torch.where(better[:, None, None, None], candidate, self.images)
-        self.flops, self.error = torch.where(better, flops, self.flops), torch.where(better, error, self.error)
-        self.step = torch.where(better, step, self.step)
+        error = (candidate - self.original[rows]).square().mean((1, 2, 3))
+        better = (flops > self.flops[rows]) | ((flops == self.flops[rows]) & (error < self.error[rows]))
+        taken = rows[better]
+        self.images[taken], self.flops[taken], self.error[taken] = candidate[better], flops[better], error[better]
+        self.step[taken] = step[better] if isinstance(step, Tensor) else step
         return better
+
+    def unfinished(self, ledger: FlopsLedger) -> Tensor:
+        """Positions of the images whose best iterate does not run everything yet, (b,)."""
+        return (self.flops < ledger.dense * (1 - RELATIVE_SLACK)).nonzero().flatten()
 
     @property
     def result(self) -> AttackResult:

@@ -128,3 +128,7 @@ class LatticeBall(Lattice, Ball):
     def within(self, noise: Tensor) -> Tensor:
         """The inner ball's."""
         return self.space.within(noise)
+
+    def scaled(self, share: float) -> LatticeBall:
+        """The 8-bit images of the inner ball, scaled."""
+        return LatticeBall(self.space.scaled(share))

@@ -6,16 +6,18 @@ touches it (Sec. 4.4). Each step costs one forward pass and one input-gradient, 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from gatewatt.attacks.base import Attack, AttackResult, BestIterate, described_part, image_gradient, refuse_broken
+from gatewatt.attacks.base import Attack, AttackResult, BestIterate, described_part, described_value, image_gradient, refuse_broken
 from gatewatt.attacks.directions import ComplexityOnly, ConflictMasking, Direction
 from gatewatt.attacks.losses import ComplexityLoss, GateLoss, PowerLoss
-from gatewatt.attacks.spaces import Space, TanhSpace
+from gatewatt.attacks.spaces import Space, TanhSpace, image_norm, unit_length
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import DynamicNetwork, check_finite, gate_table
 
@@ -39,12 +41,17 @@ class EnergyAttack(Attack):
             test-time decisions pass no gradient (the release attacks them as they are).
         prediction_weight: weight of the squared distance of the logits from the clean ones, which keeps the prediction (the release's 1e5, with
             a squared error summed over the image); its gradient is not masked. 0 leaves it out; otherwise it costs one more input-gradient.
+        cross_entropy_weight: of the cross entropy of the labels, a second aim: positive to keep images classified right while they spend, negative
+            to have them misclassified as well. Its gradient counts in lengths of the gates' own, so that 1 weighs both alike in any network, and
+            unlike ``prediction_weight`` it has a slope at the image itself. 0 leaves it out; otherwise it costs one more input-gradient.
         weighing: of the units in every loss: by the ``flops`` each can save (lambda, Sec. 4.4), or all ``equal`` (the releases).
         name: label in records and tables.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value out of range; on use, without the labels that ``cross_entropy_weight`` needs.
     """
+
+    cross_entropy_weight: float | Tensor
 
     def __init__(
         self,
@@ -60,6 +67,7 @@ class EnergyAttack(Attack):
         keep: Literal["last", "best"] = "last",
         decision: Literal["straight_through", "hard"] | None = None,
         prediction_weight: float = 0.0,
+        cross_entropy_weight: float = 0.0,
         weighing: Literal["flops", "equal"] = "flops",
         name: str | None = None,
     ) -> None:
@@ -67,6 +75,8 @@ class EnergyAttack(Attack):
             raise ValueError(f"weighing must be flops or equal, got {weighing!r}")
         if not 0 <= prediction_weight < math.inf:
             raise ValueError(f"prediction_weight must be finite and at least 0, got {prediction_weight}")
+        if not math.isfinite(cross_entropy_weight):
+            raise ValueError(f"cross_entropy_weight must be finite, got {cross_entropy_weight}")
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
         if steps < 1:
@@ -81,25 +91,31 @@ class EnergyAttack(Attack):
         self.loss, self.direction, self.space = loss or PowerLoss(), direction or ConflictMasking(), space or TanhSpace()
         self.gamma, self.reduction, self.steps, self.warmup, self.lr = gamma, reduction, steps, warmup, lr
         self.keep, self.prediction_weight, self.weighing = keep, prediction_weight, weighing
+        self.cross_entropy_weight = cross_entropy_weight
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
         described = {"loss": described_part(self.loss), "direction": described_part(self.direction), "space": described_part(self.space)}
-        plain = {
-            key: getattr(self, key) for key in ("gamma", "reduction", "steps", "warmup", "lr", "keep", "decision", "prediction_weight", "weighing")
-        }
+        numbers = ("gamma", "reduction", "steps", "warmup", "lr", "keep", "decision", "prediction_weight", "cross_entropy_weight", "weighing")
+        plain = {key: described_value(getattr(self, key)) for key in numbers}
         return {"name": self.name, **plain, **described}
 
     def __repr__(self) -> str:
         return f"{self.name}(gamma={self.gamma:g}, steps={self.steps})"
 
+    def aimed(self, weights: Tensor) -> EnergyAttack:
+        """This attack with a ``cross_entropy_weight`` of its own for every image of one batch, (B,)."""
+        aimed = copy.copy(self)
+        aimed.cross_entropy_weight = weights
+        return aimed
+
     def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
         """Adam on ``delta``, step by step."""
         with self.direction.attached(network) as direction:
-            return self._descend(network, images, ledger, direction)
+            return self._descend(network, images, labels, ledger, direction)
 
-    def _descend(self, network: DynamicNetwork, images: Tensor, ledger: FlopsLedger, masked: Direction) -> AttackResult:
+    def _descend(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger, masked: Direction) -> AttackResult:
         anchor = self.space.encode(images)
         delta = torch.zeros_like(images)
         optimizer = torch.optim.Adam([delta], self.lr)
@@ -108,6 +124,10 @@ class EnergyAttack(Attack):
         # gamma times the gradient of the squared error is `pull * (x' - x)`, times the space's chain rule.
         pull = 2 * self.gamma / (images[0].numel() if self.reduction == "mean" else 1) / self.space.unit(images) ** 2
         weights: Tensor | None = None
+        aims = torch.as_tensor(self.cross_entropy_weight).to(images).expand(len(images)).view(-1, 1, 1, 1)
+        aimed = bool(aims.any())
+        if aimed and labels is None:
+            raise ValueError(f"{self.name} has the cross entropy of the true classes for a second aim: give labels")
         clean_logits: Tensor | None = None
         if self.prediction_weight:
             with torch.no_grad():
@@ -130,7 +150,13 @@ class EnergyAttack(Attack):
 
             loss, direction = (ComplexityLoss(), ComplexityOnly()) if step < warm else (self.loss, masked)
             kept = 0.0 if clean_logits is None else gradient(self.prediction_weight * (output.logits - clean_logits).square().sum(1), True)
-            delta.grad = direction(loss, table, weights, gradient) + kept + self.space.pullback(position, pull * (position - images))
+            aside: Tensor | None = None
+            if labels is not None and aimed:
+                aside = gradient(functional.cross_entropy(output.logits.float(), labels, reduction="none"), True)
+            chosen = direction(loss, table, weights, gradient)
+            if aside is not None:
+                chosen = chosen + aims * image_norm(chosen) * unit_length(aside)
+            delta.grad = chosen + kept + self.space.pullback(position, pull * (position - images))
             optimizer.step()
             delta = self._write(delta, self.space.restrict(anchor, delta))
         refuse_broken(delta)

@@ -49,20 +49,26 @@ class SquareSearch(Attack):
         best, execution = BestIterate(images), measuring_execution(network)
         with torch.no_grad():
             best.offer(images, ledger(network(images, execution).gates), 0)
-            delta, spent = torch.zeros_like(images), best.flops
+            rows, spent = torch.arange(len(images), device=images.device), best.flops.clone()
+            delta = torch.zeros_like(images)
             for step in range(1, self.steps + 1):
+                # An image that runs everything is done, and the others go on without it.
+                left = torch.isin(rows, best.unfinished(ledger))
+                rows, spent, delta = rows[left], spent[left], delta[left]
+                if len(rows) == 0:
+                    break
                 if step == 1:
-                    proposed = self.space.eps * stripes.expand_as(images)
+                    proposed = self.space.eps * stripes[rows].expand_as(delta)
                 else:
-                    proposed = self._square(delta, places[:, step - 1], colours[:, step - 1], self._side(images, step))
+                    proposed = self._square(delta, places[rows, step - 1], colours[rows, step - 1], self._side(images, step))
                 if self.space.order == 2:
                     proposed = self.space.eps * unit_length(proposed)
-                proposed = self.space.restrict(images, proposed)
-                perturbed = self.space.image(images, proposed)
+                proposed = self.space.restrict(images[rows], proposed)
+                perturbed = self.space.image(images[rows], proposed)
                 flops = ledger(network(perturbed, execution).gates)
                 taken = flops >= spent
                 delta, spent = torch.where(taken[:, None, None, None], proposed, delta), torch.where(taken, flops, spent)
-                best.offer(perturbed, flops, step)
+                best.offer(perturbed, flops, step, rows)
         return best.result
 
     def _draw(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

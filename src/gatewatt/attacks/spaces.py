@@ -6,6 +6,7 @@ network's graph is the only one.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -152,6 +153,12 @@ class Ball(ProjectionSpace):
     def restrict(self, anchor: Tensor, delta: Tensor) -> Tensor:
         """Bring ``delta`` into the ball, then to valid images."""
         return super().restrict(anchor, self.ball(delta))
+
+    def scaled(self, share: float) -> Ball:
+        """The same kind of ball with ``share`` times the radius."""
+        ball = copy.copy(self)
+        ball.eps = share * self.eps
+        return ball
 
 
 class LinfBall(Ball):

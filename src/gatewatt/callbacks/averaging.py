@@ -6,6 +6,7 @@ import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documenta
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from gatewatt.callbacks.budget import ExitBudget
+from gatewatt.callbacks.saliency import SaliencyCalibration
 
 
 class WeightAverage(EMAWeightAveraging):
@@ -19,7 +20,8 @@ class WeightAverage(EMAWeightAveraging):
         decay: in (0, 1); 0.99996 for DVT on ImageNet, 375,000 steps. A short run wants a smaller one: it remembers about 1 / (1 - decay) steps.
 
     Raises:
-        ValueError: if ``decay`` is out of range; at the start of a fit, if :class:`~gatewatt.callbacks.ExitBudget` is listed before it.
+        ValueError: if ``decay`` is out of range; at the start of a fit, if :class:`~gatewatt.callbacks.ExitBudget` is listed before it, or with
+            :class:`~gatewatt.callbacks.SaliencyCalibration`, whose thresholds belong to the weights that are trained.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
@@ -27,11 +29,20 @@ class WeightAverage(EMAWeightAveraging):
             raise ValueError(f"decay must be in (0, 1), got {decay}")
         super().__init__(decay=decay)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the average where the network is: it was made before the network was moved there."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse callbacks that would calibrate other weights than those that are exported."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, ExitBudget) for callback in callbacks[: callbacks.index(self)]):
             raise ValueError("list WeightAverage before ExitBudget in trainer.callbacks: exits are calibrated on the averaged network")
+        # The average would even hold the stand-ins of the epochs before the first calibration, which lie far beyond any threshold.
+        if any(isinstance(callback, SaliencyCalibration) for callback in callbacks):
+            raise ValueError(
+                "WeightAverage does not go with SaliencyCalibration, which sets thresholds for the weights that are trained and not for their "
+                "average; leave one of them out of trainer.callbacks"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the average where the network is: it was made before the network was moved there."""
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
 

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,13 +85,19 @@ HELP = {
         "  Exit code 1 if a check fails.\n",
     ),
     "report": Help(
-        "render tables and figures from run folders",
-        "report FOLDER [FOLDER ...] [-o report]",
+        "render tables and figures from run folders, or measure and render the paper's",
+        "report (FOLDER ... | TABLE.yaml ...) [-o report] [--data.root FOLDER] [--KEY VALUE ...]",
         "  FOLDER             run folders, or folders that hold some at any depth\n"
-        "  -o FOLDER          where RESULTS.md, CSV files and figures are written (default: report)\n"
-        "  --title TEXT       first line of the report\n"
-        "  --formats LIST     of the figures: png, svg or png,svg\n"
-        "  --no-figures       tables only\n",
+        "  TABLE.yaml         table recipe, such as tables/table04: runs what has no records yet, then renders\n"
+        "                     a folder of them, such as recipes/tables: one page from records, nothing is run\n"
+        "  -o FOLDER          where the page, CSV files and figures are written (default: report)\n"
+        "  --title TEXT       first line of the page\n"
+        "  --formats LIST     of the figures: png, svg or png,svg; --no-figures: tables only\n"
+        " Of table recipes:\n"
+        "  --data.root FOLDER CIFAR-10; NAME=FOLDER for another data set, such as imagenet=FOLDER\n"
+        "  --images N         test images of every run; --steps N: of the attacks; --seed N\n"
+        "  --KEY VALUE        a field of every run, such as --trainer.precision bf16-mixed\n"
+        "  --results FOLDER   where runs are kept and looked up by their key (default: results); --no-run: render only\n",
     ),
     "completion": Help(
         "print a script that completes commands in a shell",
@@ -186,6 +191,8 @@ def dispatch(arguments: list[str], recipe: Recipe | None = None) -> int:
         print(f"usage: {PROGRAM} {HELP[verb].usage}\n\n{HELP[verb].line}\n\n{HELP[verb].text}", end="")
         return 0
     if verb == "report":
+        from gatewatt.cli.report import render
+
         return render(rest)
     if verb == "completion":
         return complete(rest)
@@ -245,26 +252,6 @@ def split_recipes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(argument)
     return names, rest
-
-
-def render(arguments: Sequence[str]) -> int:
-    """Run ``report``: its own small parser, since it needs neither recipes nor torch."""
-    parser = ArgumentParser(prog=f"{PROGRAM} report", add_help=False, exit_on_error=False)
-    parser.add_argument("paths", nargs="*")
-    parser.add_argument("-o", "--out", default="report")
-    parser.add_argument("--title", default="Results")
-    parser.add_argument("--no-figures", action="store_true")
-    parser.add_argument("--formats", default="png")
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise UsageError(f"report has no option {unknown[0]}; see {PROGRAM} report --help")
-    if not options.paths:
-        raise UsageError("report needs folders with runs, such as: gatewatt report runs")
-    from gatewatt.reports import report
-
-    written = report(options.paths, options.out, title=options.title, figures=not options.no_figures, formats=options.formats.split(","))
-    print("\n".join(map(str, written)))
-    return 0
 
 
 def complete(arguments: Sequence[str]) -> int:

@@ -34,7 +34,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "price": ("--checkpoint", "--size"),
     "audit": ("--checkpoint", "--images", "--patterns", "--size", "--seed"),
     "doctor": ("--checkpoint", "--source", "--images", "--steps", "--norm", "--eps", "--batch", "--seed", "--device", "--run", "--data.root"),
-    "report": ("-o", "--title", "--formats", "--no-figures"),
+    "report": ("-o", "--title", "--formats", "--no-figures", "--images", "--steps", "--seed", "--results", "--no-run", "--data.root"),
 }
 """Verb -> flags offered; ``-c`` and ``--help`` come on top. The full list of fields is --help-all's."""
 
@@ -64,7 +64,7 @@ FLAGS\
                 completion) words='SHELLS' ;;
             esac ;;
         esac
-        case "${COMP_WORDS[1]}$current" in report-*) ;; report*) files=1 ;; esac
+        case "${COMP_WORDS[1]}$current" in report-*) ;; report*) words='TABLES'; files=1 ;; esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
     if [ -n "$files" ]; then COMPREPLY+=($(compgen -f -- "$current")); fi
@@ -88,7 +88,8 @@ def bash(shell: str, verbs: Mapping[str, str]) -> str:
     flags = "".join(f"                {verb}) words='-c {' '.join(offered)} --help' ;;\n" for verb, offered in FLAGS.items())
     values = "".join(f"            {flag}) words='{words}' ;;\n" for flag, words in VALUES.items())
     text = _BASH.replace("VALUES", values).replace("FLAGS", flags).replace("SHELLS", " ".join(SHELLS)).replace("SHELL", shell)
-    text = text.replace("RECIPES", " ".join(shipped("recipes", ".yaml"))).replace("CHECKPOINTS", " ".join(shipped("checkpoints", ".safetensors")))
+    text = text.replace("RECIPES", " ".join(runnable())).replace("TABLES", " ".join(tables()))
+    text = text.replace("CHECKPOINTS", " ".join(shipped("checkpoints", ".safetensors")))
     text = text.replace("VERBS", " ".join(verbs))
     return text if shell == "bash" else f"autoload -U +X compinit && compinit -u\nautoload -U +X bashcompinit && bashcompinit\n{text}"
 
@@ -97,11 +98,11 @@ def fish(verbs: Mapping[str, str]) -> str:
     """For fish."""
     lines = ["# gatewatt completion fish | source", "complete -c gatewatt -f"]
     lines += [f"complete -c gatewatt -n __fish_use_subcommand -a {verb} -d {quoted(line)}" for verb, line in verbs.items()]
-    recipes, checkpoints = " ".join(shipped("recipes", ".yaml")), " ".join(shipped("checkpoints", ".safetensors"))
+    recipes, checkpoints = " ".join(runnable()), " ".join(shipped("checkpoints", ".safetensors"))
     for verb, flags in FLAGS.items():
         seen = f"complete -c gatewatt -n '__fish_seen_subcommand_from {verb}'"
         if verb == "report":
-            lines.append(f"{seen} -F")
+            lines.append(f"{seen} -F -a {quoted(' '.join(tables()))} -d table")
         else:
             lines.append(f"{seen} -s c -l config -r -F -a {quoted(recipes)} -d recipe")
         for flag in flags:
@@ -111,9 +112,19 @@ def fish(verbs: Mapping[str, str]) -> str:
             elif flag in VALUES:
                 lines.append(f"{seen} {name} -x -a {quoted(VALUES[flag])}")
             else:
-                lines.append(f"{seen} {name}" + ("" if flag in ("--print_config", "--help-all", "--no-figures") else " -r"))
+                lines.append(f"{seen} {name}" + ("" if flag in ("--print_config", "--help-all", "--no-figures", "--no-run") else " -r"))
     lines.append(f"complete -c gatewatt -n '__fish_seen_subcommand_from completion' -a {quoted(' '.join(SHELLS))}")
     return "\n".join(lines) + "\n"
+
+
+def runnable() -> list[str]:
+    """Names of the shipped recipes that a run can be made of."""
+    return [name for name in shipped("recipes", ".yaml") if not name.startswith("tables/")]
+
+
+def tables() -> list[str]:
+    """Names of the shipped recipes of tables and figures."""
+    return [name for name in shipped("recipes", ".yaml") if name.startswith("tables/")]
 
 
 def quoted(text: str) -> str:

@@ -15,12 +15,13 @@ from rich.progress import track
 from rich.table import Table
 
 from gatewatt.cli.errors import flag_values
+from gatewatt.cli.folder import reserve_folder
 from gatewatt.cli.meter import build, make_parser, parse
 from gatewatt.cli.quiet import quiet
-from gatewatt.cli.trainer import check_classes, reserve_folder
+from gatewatt.cli.trainer import check_classes
 from gatewatt.data.batch import Batch
-from gatewatt.diagnosis import Diagnosis, examine
-from gatewatt.diagnosis.examine import asked, conclude, gather
+from gatewatt.diagnosis import Diagnosis, Evidence, Settings, examine
+from gatewatt.diagnosis.examine import asked, conclude
 from gatewatt.metrics import write_summary
 from gatewatt.networks.checkpoint import card_of, load
 from gatewatt.recipes import Recipe, load_recipes
@@ -53,17 +54,8 @@ def run(verb: str, recipe: Recipe, flags: Sequence[str]) -> int:
     batch = pick_batch(subject.data, options.images)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = None if options.source is None else load(options.source).eval().to(device)
-    evidence = gather(
-        subject.network.to(device),
-        batch.images.to(device),
-        batch.labels.to(device),
-        source=source,
-        norm=options.norm,
-        eps=options.eps,
-        steps=options.steps,
-        batch_size=options.batch,
-        seed=options.seed,
-    )
+    settings = Settings(options.norm, options.eps, options.steps, options.batch, options.seed)
+    evidence = Evidence(subject.network.to(device), batch.images.to(device), batch.labels.to(device), settings, source=source)
     names = asked(evidence)
     checks = list(track(examine(evidence), "examining", total=len(names), console=Console(stderr=True), transient=True))
     diagnosis = conclude(evidence, checks)

@@ -101,11 +101,14 @@ def build(built: Namespace) -> Subject:
 def show_prices(subject: Subject) -> None:
     """Print what each gate's decision costs."""
     ledger = price(subject.network, torch.full((1, 3, subject.size, subject.size), 0.5))
-    lines = [(charge.module, " x ".join(charge.gates), ledger.prices[charge.module]) for charge in ledger.charges]
-    lines += [("always computed", "", ledger.fixed - ledger.overhead), ("the gates themselves", "", ledger.overhead)]
-    lines += [("everything closed", "", ledger.fixed), ("everything open", "", ledger.dense)]
-    rows = [(module, gates, f"{macs:,.0f}", percent(macs / ledger.dense)) for module, gates, macs in lines]
-    print_table(f"{subject.name} at {subject.size}x{subject.size}", ["module", "gates", "MACs", "share"], rows, caption=CONVENTION)
+    lines = [
+        (charge.module, " x ".join(charge.gates), " x ".join(f"{ledger.units[gate]:,}" for gate in charge.gates), ledger.prices[charge.module])
+        for charge in ledger.charges
+    ]
+    lines += [("always computed", "", "", ledger.fixed - ledger.overhead), ("the gates themselves", "", "", ledger.overhead)]
+    lines += [("everything closed", "", "", ledger.fixed), ("everything open", "", "", ledger.dense)]
+    rows = [(module, gates, units, f"{macs:,.0f}", percent(macs / ledger.dense)) for module, gates, units, macs in lines]
+    print_table(f"{subject.name} at {subject.size}x{subject.size}", ["module", "gates", "units", "MACs", "share"], rows, caption=CONVENTION)
 
 
 def audit(subject: Subject, *, images: int, patterns: int, seed: int) -> int:

@@ -6,32 +6,29 @@ import importlib
 import json
 import math
 import os
-import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
-import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gatewatt.callbacks import AtomicCheckpointIO, ExportCheckpoint
-from gatewatt.callbacks.saving import MetricsFile, stepped, validation_follows
+from gatewatt.callbacks import AtomicCheckpointIO
+from gatewatt.callbacks.saving import MetricsFile
+from gatewatt.cli.folder import FOLDER_VARIABLE, RunFolder, clear_leftovers, field, identity, process_rank, recipe_of, reserve_folder, run_path
 from gatewatt.cli.quiet import quiet
-from gatewatt.cli.resume import LENGTH, RECORD, Resumable, check_fit, last_checkpoint, record, recorded, result_of, resuming_command, say
-from gatewatt.files import DISK, WriteFailed, sweep, write_text
+from gatewatt.cli.resume import LENGTH, Resumable, check_fit, last_checkpoint, result_of, resuming_command, say
+from gatewatt.cli.stop import Stop
+from gatewatt.files import DISK, WriteFailed, write_text
 from gatewatt.recipes import Recipe, RecipeError
 
-FOLDER_VARIABLE = "GATEWATT_RUN_FOLDER"  # tells the processes that Lightning starts which folder the first one reserved
 PARTS = ("attacks", "callbacks", "data", "networks", "objectives", "tasks")  # a class may be named without its module once it is imported
 SIGTERM_CODE = 143  # 128 + 15; Lightning itself ends a terminated run with 0
 
@@ -44,207 +41,6 @@ class CutShort(RuntimeError):
     """The machine, not the recipe, ended a run; the message says what was saved and how to go on."""
 
     exit_code = 1
-
-
-class RunFolder(L.Callback):
-    """Keeps the resolved recipe in the run's folder and in every checkpoint, and makes every process agree on which folder that is.
-
-    Args:
-        folder: the run's folder, reserved by the first process.
-        recipe: the resolved recipe, as YAML.
-    """
-
-    def __init__(self, folder: Path, recipe: str) -> None:
-        self.folder, self.recipe = folder, recipe
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Share the folder and write ``recipe.yaml``."""
-        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
-        # Under torchrun all processes start at once, so only now can the others learn what the first one reserved.
-        trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
-        if trainer.is_global_zero:
-            write_text(self.folder / "recipe.yaml", self.recipe)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write down which network, settings and number of processes the checkpoint belongs to."""
-        checkpoint[RECORD] = record(pl_module, yaml.safe_load(self.recipe), trainer.world_size)
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say so if training goes on with another number of processes: they share the rest of the epoch out in another way."""
-        before = recorded(checkpoint).get("processes", trainer.world_size)
-        if trainer.state.fn == "fit" and trainer.is_global_zero and before != trainer.world_size:
-            say(
-                f"going on with {trainer.world_size} instead of {before} processes: another batch and learning rate in effect, and in the epoch at "
-                "work some images come up twice or not at all"
-            )
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a run that is longer than the schedule that came with its checkpoint."""
-        steps = trainer.estimated_stepping_batches
-        for config in trainer.lr_scheduler_configs:
-            planned = getattr(config.scheduler, "T_max", None) or getattr(config.scheduler, "total_steps", 0) - 1
-            if 0 < planned < steps:
-                raise ValueError(
-                    f"the learning-rate schedule of the checkpoint ends after {planned} steps, this run has {steps}; "
-                    "keep the length, or start a new run from the weights with model.checkpoint"
-                )
-
-
-def process_rank() -> int:
-    """Rank of this process as Lightning learned it from the environment, before any process group exists."""
-    return int(getattr(rank_zero_only, "rank", 0) or 0)
-
-
-class Stop(L.Callback):
-    """Turns a request to stop (SIGTERM, Ctrl+C) into a checkpoint after the step at work, from which the run can be resumed exactly.
-
-    On several processes they agree after every step, so one that is asked stops them all. A second Ctrl+C stops at once, with what was saved
-    before. Where a validation follows the step, a checkpoint is written at once and again after it, which is when the run stops.
-
-    Args:
-        folder: the run's folder; the checkpoint is ``interrupted.ckpt`` in it.
-        command: verb and arguments of the run.
-        automatic: whether the run resumes by itself.
-    """
-
-    def __init__(self, folder: Path, command: Sequence[str], *, automatic: bool = False) -> None:
-        self.folder, self.command, self.automatic = folder, list(command), automatic
-        self.noted = 0
-
-    def _listen(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over SIGTERM from Lightning, and Ctrl+C where it is still Python's: a job in the background ignores it."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        signal.signal(signal.SIGTERM, self._note)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-
-    on_train_start = on_test_start = on_predict_start = _listen
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen in a validation that stands alone, too."""
-        if trainer.state.fn == "validate":
-            self._listen(trainer, pl_module)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            if process_rank() == 0:
-                say("stopping after this step; once more stops at once")
-
-    def _agreed(self, trainer: L.Trainer) -> int:
-        """The signal that any process received, or 0."""
-        # Lightning listens from an earlier moment on.
-        own = self.noted or (int(signal.SIGTERM) if trainer.received_sigterm else 0)
-        if trainer.world_size == 1:
-            return own
-        return int(trainer.strategy.reduce(torch.tensor(float(own), device=trainer.strategy.root_device), reduce_op="max"))
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save and stop, if asked to, where the optimiser has just stepped."""
-        number = self._agreed(trainer)
-        if not number or not stepped(trainer, batch_idx):
-            return
-        if validation_follows(trainer, batch_idx):
-            # Only what is lost if there is no time for the validation: a run resumed from here would leave that out.
-            self._save(trainer, tell=False)
-            self.noted = number
-        else:
-            self._save(trainer)
-            self._leave(number)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save and stop, if asked to, after the epoch's validation."""
-        number = self._agreed(trainer)
-        if number:
-            self._save(trainer)
-            self._leave(number)
-
-    def _evaluated(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Stop an evaluation, if asked to; there is nothing to save."""
-        if self.noted and trainer.state.fn != "fit":
-            launcher = trainer.strategy.launcher
-            if launcher is not None and hasattr(launcher, "kill"):
-                # The other processes would wait for this one.
-                launcher.kill(signal.SIGTERM)
-            self._leave(self.noted)
-
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluated  # type: ignore[assignment]
-
-    def _save(self, trainer: L.Trainer, *, tell: bool = True) -> None:
-        path = Path(trainer.default_root_dir) / "interrupted.ckpt"
-        trainer.save_checkpoint(path)
-        if tell and trainer.is_global_zero:
-            say(f"saved step {trainer.global_step}; resume with: {resuming_command(self.command, path, automatic=self.automatic)}")
-
-    @staticmethod
-    def _leave(number: int) -> None:
-        raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back; Lightning has done so already where a run ended by itself."""
-        for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) == self._note:
-                signal.signal(number, default)
-
-
-def run_path(name: str) -> Path:
-    """The folder that a run's name means: ``runs/<name>``, or a path such as ``results/first`` as it is."""
-    return Path(name) if len(Path(name).parts) > 1 else Path("runs") / name
-
-
-def reserve_folder(name: str) -> Path:
-    """Make ``runs/<name>``, or ``runs/<name>-2`` and so on: a folder that no other run has.
-
-    Args:
-        name: a name, or a path such as ``results/first`` that is used as it is.
-    """
-    wanted = run_path(name)
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        try:
-            # Two runs that start together cannot both make it.
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
-
-
-def recipe_of(folder: Path) -> dict[str, Any] | None:
-    """The resolved recipe in a run's folder, or None."""
-    try:
-        settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return settings if isinstance(settings, dict) else None
-
-
-def field(settings: Any, key: str) -> Any:
-    """The value at a dotted key of a document, or None."""
-    for name in key.split("."):
-        settings = settings.get(name) if isinstance(settings, dict) else None
-    return settings
-
-
-def identity(settings: dict[str, Any]) -> tuple[Any, Any]:
-    """What makes two recipes recipes of one run: its task and its network."""
-    return field(settings, "model.class_path"), field(settings, "model.init_args.network")
-
-
-def clear_leftovers(folder: Path, callbacks: Sequence[L.Callback]) -> None:
-    """Remove from the folder of a run that is resumed what its killed predecessor left half done."""
-    sweep(folder)
-    # It says that the run is complete, which it no longer is.
-    (folder / "result.json").unlink(missing_ok=True)
-    for callback in callbacks:
-        if isinstance(callback, ExportCheckpoint):
-            # Written when training was over, just before the kill; the resumed run writes them once more.
-            for suffix in (".safetensors", ".json"):
-                (folder / f"{callback.name}{suffix}").unlink(missing_ok=True)
 
 
 def with_atomic_checkpoints(plugins: Any) -> list[Any]:
@@ -379,7 +175,7 @@ class RecipeCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if self.automatic and process_rank() == 0:
-            clear_leftovers(folder, callbacks)
+            clear_leftovers(folder, callbacks, self.datamodule)
         callbacks += [RunFolder(folder, resolved), MetricsFile(), Stop(folder, self.recipe.command, automatic=self.automatic)]
         if config.get("enable_progress_bar") is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(RichProgressBar())

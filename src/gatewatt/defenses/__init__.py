@@ -8,6 +8,7 @@ from gatewatt.defenses.bits import BitDepth
 from gatewatt.defenses.cache import Crops, PerturbationCache
 from gatewatt.defenses.guard import BudgetGuard
 from gatewatt.defenses.jpeg import JPEG
+from gatewatt.defenses.restore import behind
 from gatewatt.defenses.route import FixedRoute, busiest_route
 from gatewatt.defenses.smoothing import MedianFilter
 
@@ -23,6 +24,7 @@ __all__ = [
     "PerturbationCache",
     "Wrapper",
     "bare",
+    "behind",
     "busiest_route",
     "described",
 ]

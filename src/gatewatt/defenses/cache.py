@@ -33,7 +33,7 @@ class PerturbationCache:
     """The last perturbation of every training image, as int8 in units of 1/255: 3 kB an image of CIFAR-10, in the memory of the process.
 
     Args:
-        restart: share of the images in each batch that start from nothing all the same, so that no perturbation grows stale for ever.
+        restart: share of the images in each batch that start afresh all the same, so that no perturbation grows stale for ever.
         epochs: forget everything each time so many epochs are over.
 
     Raises:
@@ -53,21 +53,22 @@ class PerturbationCache:
         if epoch % self.epochs == 0:
             self.kept = None
 
-    def start(self, ids: Tensor, crops: Crops, images: Tensor) -> Tensor:
-        """Where to start from: the perturbations (B, 3, H, W) as these crops show them; zeros for images not met yet and for restarts.
+    def start(self, ids: Tensor, crops: Crops, fresh: Tensor) -> Tensor:
+        """Where to start from, (B, 3, H, W): the perturbations as these crops show them; restarts, and images of which nothing is kept, afresh.
 
         Args:
             ids: positions of the images in their split, (B,).
             crops: how they were cut.
-            images: the batch, for shape, dtype and device.
+            fresh: perturbations to start from afresh, (B, 3, H, W), of the batch's shape, dtype and device; zeros are the images themselves.
         """
         cold = torch.rand(len(ids)) < self.restart
         if self.kept is None:
-            return torch.zeros_like(images)
+            return fresh
         canvas = self._canvas(self._at(ids), crops.padding)
-        shown = canvas[_window(crops, images.shape)].permute(0, 3, 1, 2)
+        shown = canvas[_window(crops, fresh.shape)].permute(0, 3, 1, 2)
         shown = torch.where(crops.flipped[:, None, None, None], shown.flip(-1), shown)
-        return (shown * ~cold[:, None, None, None]).to(images) / 255
+        cold = cold | (shown == 0).flatten(1).all(1)
+        return torch.where(cold.to(fresh.device)[:, None, None, None], fresh, shown.to(fresh) / 255)
 
     def keep(self, ids: Tensor, crops: Crops, perturbation: Tensor) -> None:
         """Write down what an attack found, (B, 3, H, W); what the crops do not show stays as it was."""

@@ -6,6 +6,7 @@ A robust dynamic network matters only if it beats the static network of its own 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from gatewatt.gating import (
     hard,
     measuring_execution,
 )
+from gatewatt.networks.checkpoint import card_of
 
 OPEN = 0.75  # the score of a gate that is always open; not 1, since losses in logits take its logarithm
 
@@ -38,11 +40,11 @@ class FixedRoute(Wrapper):
 
     Args:
         network: the network whose route is fixed; its decision becomes ``hard``.
-        open_gates: names of the gates that stay open.
+        open_gates: names of the gates that stay open; or a checkpoint of a static network, whose card names them.
         size: side of the images in pixels, to try the route on.
 
     Raises:
-        ValueError: for an unknown gate, no gate, or one that a closed gate keeps from running.
+        ValueError: for an unknown gate, no gate, one that a closed gate keeps from running, or a checkpoint whose card names no route.
 
     Example:
         >>> from gatewatt.networks import SkipNet
@@ -51,8 +53,12 @@ class FixedRoute(Wrapper):
         ['block1', 'block4']
     """
 
-    def __init__(self, network: DynamicNetwork, open_gates: Sequence[str], *, size: int = 32) -> None:
+    def __init__(self, network: DynamicNetwork, open_gates: Sequence[str] | str, *, size: int = 32) -> None:
         super().__init__(network)
+        if isinstance(open_gates, str):
+            file, open_gates = open_gates, route_of(open_gates) or ()
+            if not open_gates:
+                raise ValueError(f"{file} is of no static network: its card names no route; give the gates that stay open")
         self.open_gates, self.decision = tuple(open_gates), hard
         image = blank_image(network, size)
         with measuring(network):
@@ -108,6 +114,16 @@ class Route:
         if name not in self.open_gates:
             return torch.zeros_like(score)
         return self.own(name, torch.full_like(score, OPEN), score.new_full((), 0.5), training=training)
+
+
+def route_of(checkpoint: str | Path) -> tuple[str, ...] | None:
+    """The route that the card of a checkpoint names; None for a network that is not static.
+
+    Args:
+        checkpoint: as for :func:`gatewatt.networks.checkpoint.load`; the weights are not opened.
+    """
+    defense = card_of(checkpoint).get("defense") or {}
+    return tuple(defense["open_gates"]) if defense.get("name") == "FixedRoute" else None
 
 
 def busiest_route(network: DynamicNetwork, images: Tensor, budget: float) -> tuple[str, ...]:

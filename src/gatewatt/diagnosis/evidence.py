@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -17,11 +17,13 @@ from gatewatt.attacks.spaces import image_norm
 from gatewatt.diagnosis.check import DRAWS, Estimate
 from gatewatt.diagnosis.slopes import Slopes
 from gatewatt.flops import FlopsLedger, measuring, price
-from gatewatt.gating import DynamicNetwork, DynamicOutput, Gate, gate_table, measuring_execution
+from gatewatt.gating import DynamicNetwork, DynamicOutput, Gate, check_images, check_labels, gate_table, measuring_execution
 from gatewatt.metrics import round_to_8bit
 from gatewatt.metrics.estimates import Column, as_numpy, below_full, bootstrap_sums, percentile_interval, ratio_percent
 
 Norm = Literal["linf", "l2"]
+RADII: dict[Norm, float] = {"linf": 8 / 255, "l2": 1.0}
+"""Radius of each norm's ball, unless one is given."""
 NOISES: tuple[Literal["uniform", "gaussian", "shift", "flat"], ...] = ("uniform", "gaussian", "shift", "flat")
 LONGER = 5
 """How many times as many steps the longer attack has."""
@@ -29,6 +31,44 @@ ROUNDING = 1e-6
 """By how much float32 may leave a ball, as a share of 1."""
 PROBED_IMAGES = 16
 """Of how many images gradients are taken gate by gate."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How hard an examination tries.
+
+    Attributes:
+        norm: ``linf`` or ``l2``, of the ball.
+        eps: its radius on the [0, 1] scale; None for 8/255 (``linf``) or 1 (``l2``).
+        steps: of the attack with gradients; the longest has five times as many.
+        batch_size: images attacked side by side.
+        seed: of noise and random search.
+
+    Raises:
+        ValueError: for an unknown norm or a number below 1.
+
+    Example:
+        >>> Settings("l2").radius
+        1.0
+    """
+
+    norm: Norm = "linf"
+    eps: float | None = None
+    steps: int = 50
+    batch_size: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.norm not in RADII:
+            raise ValueError(f"norm must be one of {', '.join(RADII)}, got {self.norm!r}")
+        for argument, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"{argument} must be at least 1, got {value}")
+
+    @property
+    def radius(self) -> float:
+        """The radius given, or the norm's own."""
+        return RADII[self.norm] if self.eps is None else self.eps
 
 
 class Passes(NamedTuple):
@@ -60,7 +100,7 @@ class Attacked(NamedTuple):
 
 
 class Evidence:
-    """Passes and attacks of one examination.
+    """Passes and attacks of one examination; nothing is run before a check asks for it.
 
     The attack with gradients is :class:`~gatewatt.attacks.ProjectedAttack` on its default loss, the one without
     :class:`~gatewatt.attacks.SquareSearch` with two queries for each of its steps, as in :class:`~gatewatt.attacks.AutoEnergy`.
@@ -69,13 +109,12 @@ class Evidence:
         network: the network or defense.
         images: (n, 3, H, W) in [0, 1].
         labels: (n,), for the accuracies; None leaves them out.
-        ledger: prices at the images' resolution.
+        settings: how hard to try.
+        ledger: prices at the images' resolution; measured on the spot when left out.
         source: a second network, on which the transfer attack is crafted.
-        norm: of the ball.
-        eps: its radius on the [0, 1] scale.
-        steps: of the attack with gradients.
-        batch_size: images attacked side by side.
-        seed: of noise and random search.
+
+    Raises:
+        ValueError: for invalid images or labels, fewer than two images, or a radius that is none.
 
     Attributes:
         opened: gate -> which of its units ran in any pass so far, 0 or 1, (U,).
@@ -87,18 +126,24 @@ class Evidence:
         self,
         network: DynamicNetwork,
         images: Tensor,
-        labels: Tensor | None,
-        ledger: FlopsLedger,
+        labels: Tensor | None = None,
+        settings: Settings | None = None,
         *,
-        source: DynamicNetwork | None,
-        norm: Norm,
-        eps: float,
-        steps: int,
-        batch_size: int,
-        seed: int,
+        ledger: FlopsLedger | None = None,
+        source: DynamicNetwork | None = None,
     ) -> None:
-        self.network, self.images, self.labels, self.ledger, self.source = network, images, labels, ledger, source
-        self.norm, self.eps, self.steps, self.batch_size, self.seed = norm, eps, steps, batch_size, seed
+        check_images(images)
+        if labels is not None:
+            check_labels(labels, images)
+        if len(images) < 2:
+            raise ValueError(f"images must be at least 2, got {len(images)}")
+        settings = settings or Settings()
+        self.network, self.images, self.labels, self.source = network, images, labels, source
+        self.norm, self.eps, self.steps = settings.norm, settings.radius, settings.steps
+        self.batch_size, self.seed = settings.batch_size, settings.seed
+        if not 0 < self.eps < self.unbounded:
+            raise ValueError(f"eps must be above 0 and below {self.unbounded:g}, where it is no bound, got {self.eps:g}")
+        self.ledger = ledger or price(network, images[:1])
         self.opened: dict[str, Tensor] = {}
         self.highest = 0.0
         self.made: list[Attacked] = []

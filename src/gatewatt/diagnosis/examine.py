@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gatewatt.diagnosis import gates, strength
 from gatewatt.diagnosis.check import Check, Diagnosis, Finding
-from gatewatt.diagnosis.evidence import LONGER, Evidence, Norm
-from gatewatt.flops import FlopsLedger, price
-from gatewatt.gating import DynamicNetwork, check_images, check_labels
+from gatewatt.diagnosis.evidence import LONGER, Evidence, Settings
+from gatewatt.flops import FlopsLedger
+from gatewatt.gating import DynamicNetwork
 
 
 class Question(NamedTuple):
@@ -41,48 +41,6 @@ CHECKS: dict[str, Question] = {
     "survives 8 bits": Question(f"at least {strength.LEAST_KEPT:g} % kept", strength.survives_8bit),
 }
 """Name -> what it asks for and how it finds out, in the order in which they run."""
-
-RADII: dict[Norm, float] = {"linf": 8 / 255, "l2": 1.0}
-"""Radius of each norm's ball, unless one is given."""
-
-
-def gather(
-    network: DynamicNetwork,
-    images: Tensor,
-    labels: Tensor | None = None,
-    *,
-    ledger: FlopsLedger | None = None,
-    source: DynamicNetwork | None = None,
-    norm: Norm = "linf",
-    eps: float | None = None,
-    steps: int = 50,
-    batch_size: int = 50,
-    seed: int = 0,
-) -> Evidence:
-    """Check the arguments of :func:`doctor` and price the network; nothing is attacked yet."""
-    check_images(images)
-    if labels is not None:
-        check_labels(labels, images)
-    if norm not in RADII:
-        raise ValueError(f"norm must be one of {', '.join(RADII)}, got {norm!r}")
-    for argument, value, least in (("images", len(images), 2), ("steps", steps, 1), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{argument} must be at least {least}, got {value}")
-    evidence = Evidence(
-        network,
-        images,
-        labels,
-        ledger or price(network, images[:1]),
-        source=source,
-        norm=norm,
-        eps=RADII[norm] if eps is None else eps,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    if not 0 < evidence.eps < evidence.unbounded:
-        raise ValueError(f"eps must be above 0 and below {evidence.unbounded:g}, where it is no bound, got {evidence.eps:g}")
-    return evidence
 
 
 def examine(evidence: Evidence) -> Iterator[Check]:
@@ -128,14 +86,10 @@ def doctor(
     network: DynamicNetwork,
     images: Tensor,
     labels: Tensor | None = None,
+    settings: Settings | None = None,
     *,
     ledger: FlopsLedger | None = None,
     source: DynamicNetwork | None = None,
-    norm: Norm = "linf",
-    eps: float | None = None,
-    steps: int = 50,
-    batch_size: int = 50,
-    seed: int = 0,
 ) -> Diagnosis:
     """Ask whether what attacks say about a network is to be believed, or whether it hides its gradient.
 
@@ -146,13 +100,9 @@ def doctor(
         network: the network or defense; mode, parameters and statistics are left as they were.
         images: (n, 3, H, W) in [0, 1]; a hundred or more, since a difference that the choice of images explains decides nothing.
         labels: (n,), for the accuracies that stand beside the checks.
+        settings: norm, radius, steps, batch size and seed; ``Settings()`` when left out.
         ledger: prices at the images' resolution; measured on the spot when left out.
         source: a second network, such as the undefended one; adds the check that an attack crafted on it does not do better.
-        norm: ``linf`` or ``l2``.
-        eps: radius on the [0, 1] scale; None for 8/255 (``linf``) or 1 (``l2``).
-        steps: of the attack with gradients; the longest has five times as many.
-        batch_size: images attacked side by side.
-        seed: of noise and random search.
 
     Raises:
         ValueError: for an invalid image or an argument out of range.
@@ -162,9 +112,9 @@ def doctor(
         >>> network = SkipNet(8, width=4).eval()
         >>> with torch.no_grad():
         ...     _ = network.gating.projection.bias.fill_(50)
-        >>> diagnosis = doctor(network, torch.rand(4, 3, 32, 32), steps=1)
+        >>> diagnosis = doctor(network, torch.rand(4, 3, 32, 32), settings=Settings(steps=1))
         >>> [check.name for check in diagnosis.failed]
         ['clean saving']
     """
-    evidence = gather(network, images, labels, ledger=ledger, source=source, norm=norm, eps=eps, steps=steps, batch_size=batch_size, seed=seed)
+    evidence = Evidence(network, images, labels, settings, ledger=ledger, source=source)
     return conclude(evidence, list(examine(evidence)))

@@ -51,13 +51,21 @@ class FlopsLedger:
     def surrogate(self, gates: Mapping[str, Gate]) -> Tensor:
         """MACs of the decisions ``score >= threshold`` with the gradient of the scores, shape (B,), float64.
 
-        The straight-through form of the ledger law, for compute targets in training.
+        The straight-through form of the ledger law, for compute targets in training. A gate within others counts as the product along the
+        chain: an image that left at an exit pays for no later one, and opening that exit buys the later ones that are open.
+
+        Raises:
+            ValueError: if the network returned no gates.
+            KeyError: if a charged gate, or one that another lies within, is missing.
         """
         require_gates(gates)
+        decided = {name: gate.open.double() + (gate.score - gate.score.detach()).double() for name, gate in gates.items()}
         counts = {}
         for name, gate in gates.items():
-            decided = gate.open.double() + (gate.score - gate.score.detach()).double()
-            counts[name] = (decided.sum(1), decided.shape[1])
+            running = decided[name]
+            for outer in gate.within:
+                running = running * decided[outer]
+            counts[name] = (running.sum(1), running.shape[1])
         return self._law(counts)
 
     def per_gate(self, gates: Mapping[str, Gate]) -> dict[str, Tensor]:
@@ -73,7 +81,7 @@ class FlopsLedger:
         """Share lambda of each unit in what all units together can save (Sec. 4.4), shape (N,), float64, sum 1.
 
         A unit's cost is the derivative of the ledger law at full width: price x how often the gate is named / units, what a gate that
-        follows it costs included. Order of :func:`gatewatt.gating.gate_table`.
+        follows it costs included, what only lies within it not. Order of :func:`gatewatt.gating.gate_table`.
         """
         require_gates(gates)
         cost = {name: 0.0 for name, gate in gates.items() if gate.follows is None}

@@ -17,8 +17,9 @@ from gatewatt.gating.gate import (
     require_gates,
     split_output,
 )
+from gatewatt.gating.gate_hook import GateHook
 from gatewatt.gating.halting import HaltingState, accumulate, advance, go_on_score, start_halting
-from gatewatt.gating.hooks import GateHook, HookedNetwork
+from gatewatt.gating.hooks import HookedNetwork
 from gatewatt.gating.images import check_finite, check_images, check_labels
 
 __all__ = [

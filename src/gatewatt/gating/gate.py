@@ -38,12 +38,16 @@ class Gate:
         executed: what ran, 0 or 1, shape (B, U). It can be below ``score >= threshold`` where an earlier exit stopped the image.
         follows: name of the gate whose units this one is computed from, one to one, such as a mask dilated for a 3x3 convolution. It is
             charged, but decides nothing of its own: attacks, objectives and gate usage leave it out.
+        within: names of all earlier gates that must be open for this one to run, such as the exits before an exit; of one unit each, or of as
+            many as this gate. Then ``executed`` is the product along the chain, while ``score`` may ask for more. Empty where the score itself
+            never asks for more than can run: a unit that halted keeps the score with which it did.
     """
 
     score: Tensor
     threshold: Tensor
     executed: Tensor
     follows: str | None = None
+    within: tuple[str, ...] = ()
 
     @property
     def open(self) -> Tensor:

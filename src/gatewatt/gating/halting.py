@@ -33,22 +33,33 @@ def start_halting(like: Tensor) -> HaltingState:
     return HaltingState(torch.ones_like(like), torch.zeros_like(like), torch.zeros_like(like))
 
 
-def go_on_score(cumulative: Tensor, eps: float = 0.01) -> Tensor:
-    """G = r / (r + c), r = 1 - eps: at least 0.5 iff the unit goes on (c <= r). Same shape; its gradient is nowhere exactly zero."""
-    rest = 1 - eps
-    return rest / (rest + cumulative)
+def go_on_score(state: HaltingState, logits: Tensor, last: Tensor, eps: float = 0.01) -> Tensor:
+    """Score of a unit's next layer: G = d / (d + eps + c) with d = 1 - h, at least 0.5 iff the sum c + h stays at most 1 - eps.
 
-
-def accumulate(state: HaltingState, halting: Tensor, *, frozen: bool = False) -> Tensor:
-    """Sum of halting scores after a layer.
+    The native test is a comparison of two numbers that are not negative, 1 - h >= eps + c, which needs no temperature to become one with 0.5. d is
+    computed from the logits: of a unit that halts firmly, h is 1 to within float32's rounding and r / (r + c + h), r = 1 - eps, is flat and near its
+    threshold, so that an attack sees nothing; d is small there and exact, and the logarithm of the score falls with slope 1. A unit that had stopped
+    keeps its last score.
 
     Args:
         state: before the layer.
-        halting: h in [0, 1], (B, U).
-        frozen: leave stopped units where they stopped. Otherwise their sums grow on, for networks whose stopped units still give meaningful
-            scores; decisions do not depend on it, since a sum never falls.
+        logits: of the layer's halting scores h = sigmoid(logits), (B, U) or broadcastable.
+        last: the scores of the layer before, (B, U); ones before there are any.
+        eps: what may be missing from a sum of 1 to halt.
+
+    Example:
+        >>> state = start_halting(torch.zeros(1, 3))
+        >>> score = go_on_score(state, torch.tensor([[0.0, 4.0, 9.0]]), torch.ones(1, 3))
+        >>> [round(value, 4) for value in score[0].tolist()]
+        [0.9804, 0.6427, 0.0122]
     """
-    return state.cumulative + (halting * state.running if frozen else halting)
+    doubt = torch.sigmoid(-logits)
+    return torch.where(state.running > 0, doubt / (doubt + eps + state.cumulative), last)
+
+
+def accumulate(state: HaltingState, halting: Tensor) -> Tensor:
+    """Sum of halting scores h in [0, 1], (B, U), after a layer; of a unit that had stopped, as it stood then."""
+    return state.cumulative + halting * state.running
 
 
 def advance(state: HaltingState, halting: Tensor, cumulative: Tensor, go_on: Tensor) -> tuple[Tensor, HaltingState]:

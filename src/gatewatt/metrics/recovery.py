@@ -12,23 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from gatewatt.metrics.estimates import (
-    RELATIVE_SLACK,
-    PerImageRecovery,
-    bootstrap_interval,
-    recovery_per_image_percent,
-    recovery_percent,
-)
-
-__all__ = [
-    "MeanFlops",
-    "PerImageRecovery",
-    "RecoveryPercent",
-    "RecoveryTotals",
-    "bootstrap_interval",
-    "recovery_per_image_percent",
-    "recovery_percent",
-]
+from gatewatt.metrics.estimates import RELATIVE_SLACK
 
 
 class RecoveryTotals(NamedTuple):

@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from gatewatt.metrics.estimates import RouteStatistics, route_statistics
-
-__all__ = ["GateUsage", "RouteStatistics", "route_statistics"]
-
 
 class GateUsage(Metric):
     """Share of images for which each unit executed.
 
     Args:
-        units: number N of units of the network, in the order of ``gate_table``.
+        units: number N of units, in any order that does not change.
 
     Example:
         >>> usage = GateUsage(units=2)
@@ -44,7 +40,7 @@ class GateUsage(Metric):
         """Add what ran for a batch.
 
         Args:
-            executed: 0 or 1, (B, N), as ``gate_table(gates).executed``.
+            executed: 0 or 1, (B, N), such as ``gate_table(gates).executed``.
 
         Raises:
             ValueError: on another shape or values other than 0 and 1; nothing is added then.

@@ -10,7 +10,7 @@ once to the layer's gate, the attention product twice.
 
 Where the original's details would mislead an attack, they are mended: dead tokens are multiplied by a constant mask inside autograd, so that
 no gradient passes a token that does not exist (the original overwrites values behind autograd's back), and a token's sum of scores is frozen
-where it halts (the original adds what an emptied token gives).
+where it halts (the original adds what an emptied token gives): its later gates repeat the score with which it halted.
 """
 
 from __future__ import annotations
@@ -307,7 +307,8 @@ class AViT(DynamicNetwork):
         check_execution(execution)
         hidden = self.embed(images)
         whole = int(hidden.shape[1])
-        state = start_halting(self.halting(hidden))
+        state = start_halting(self.halting_logits(hidden))
+        score = state.running
         averaged = torch.zeros_like(hidden[:, 0])
         gates: dict[str, Gate] = {}
         means, counts = [], []
@@ -316,15 +317,16 @@ class AViT(DynamicNetwork):
                 hidden = block(hidden, whole)
             else:
                 hidden = (run_masked if execution == "masked" else run_skipped)(block, hidden, state.running, whole)
-            halting = torch.zeros_like(state.running) if execution == "dense" else self.halting(hidden)
+            logits = self.halting_logits(hidden)
+            halting = torch.zeros_like(state.running) if execution == "dense" else torch.sigmoid(logits)
             patches = state.running[:, 1:]
             counts.append(patches.sum(1))
             means.append((halting[:, 1:] * patches).sum(1) / counts[-1].clamp_min(1))
-            cumulative = accumulate(state, halting, frozen=True)
+            cumulative = accumulate(state, halting)
             # After the last layer every token stops, as if its h were 1.
             go_on = torch.zeros_like(state.running)
             if index < len(self.blocks):
-                score, name = go_on_score(cumulative, self.eps), f"layer{index + 1}"
+                score, name = go_on_score(state, logits, score, self.eps), f"layer{index + 1}"
                 go_on = torch.ones_like(score) if execution == "dense" else self.decision(name, score, self.threshold, training=self.training)
                 gates[name] = Gate(score, self.threshold, (state.running * go_on).detach())
             weight, state = advance(state, halting, cumulative, go_on)
@@ -340,10 +342,10 @@ class AViT(DynamicNetwork):
         positions = positions_at((int(patches.shape[2]), int(patches.shape[3])), self.pos_embed, (self.side, self.side))
         return sequence(patches, self.cls_token, positions)
 
-    def halting(self, hidden: Tensor) -> Tensor:
-        """Halting score h (B, N) of every token (B, N, d), in float32 or better: half precision would saturate it."""
+    def halting_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, N) of the halting scores of all tokens (B, N, d), in float32 or better: half precision would saturate the scores."""
         signal = hidden[..., 0]
-        return torch.sigmoid(self.gate_scale * (signal if signal.dtype == torch.float64 else signal.float()) - self.gate_center)
+        return self.gate_scale * (signal if signal.dtype == torch.float64 else signal.float()) - self.gate_center
 
     def signal(self, images: Tensor) -> Tensor:
         """Channel 0 of every token after every layer but the last if none halts, (B, L - 1, N): what :func:`halting_center` looks at."""

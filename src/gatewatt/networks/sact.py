@@ -7,9 +7,9 @@ is the average of the states it saw (:mod:`gatewatt.gating.halting`). The gate o
 Always computed: stem, the first unit of each block with its halting head, and the classifier. In SACT a unit's first convolution runs on the
 positions dilated by 3x3, which the second one reads, and the part of its head that looks at the whole image runs where any position does.
 
-The CIFAR network standardises each image by itself, and gradients run through mean and deviation. Positions that halted keep their state;
-masked execution computes their halting scores all the same, so that every gate has a gradient. In dense execution a block's output is its
-last state: the static network, in which nothing is averaged.
+The CIFAR network standardises each image by itself, and gradients run through mean and deviation. Positions that halted keep their state, and
+their later gates repeat the score with which they halted: each leads to what would have to change first. In dense execution a block's output is
+its last state: the static network, in which nothing is averaged.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from gatewatt.gating import (
     start_halting,
 )
 from gatewatt.networks.layers import Normalize, global_average
+from gatewatt.networks.positions import PositionConv, Positions, as_rows, dilate, replace_rows
 
 Halting = Literal["position", "image"]
 Decide = Callable[[str, Tensor], Tensor]
@@ -83,93 +84,6 @@ class Standardize(nn.Module):
         variance = centred.square().mean((1, 2, 3), keepdim=True)
         # The floor bounds the variance and not its root, which has no finite slope at a flat image.
         return centred * variance.clamp_min(1 / images[0].numel()).rsqrt()
-
-
-# ---- parts of an image ----
-
-
-def as_rows(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (BHW, C), without a copy for channels_last."""
-    return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-
-
-def replace_rows(features: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``features`` with the rows at ``index`` replaced, in place where no gradient is due: nobody reads the old ones again."""
-    rows = rows.to(features.dtype)
-    return features.index_copy(0, index, rows) if torch.is_grad_enabled() else features.index_copy_(0, index, rows)
-
-
-class Positions(NamedTuple):
-    """Some positions of a batch of maps, P in all.
-
-    Attributes:
-        shape: (B, H, W) of the maps.
-        flat: index of each position among all BHW, (P,).
-        image: index of its image, (P,).
-        neighbours: indices of its 3x3 neighbourhood in the maps padded by one pixel on each side, (9P,).
-    """
-
-    shape: tuple[int, int, int]
-    flat: Tensor
-    image: Tensor
-    neighbours: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Positions:
-        """The positions where ``mask`` (B, H, W) is not zero."""
-        images, height, width = mask.shape
-        image, row, column = mask.nonzero().unbind(1)
-        corner = (image * (height + 2) + row) * (width + 2) + column
-        step = torch.arange(3, device=mask.device)
-        window = (step[:, None] * (width + 2) + step).flatten()
-        return cls((images, height, width), (image * height + row) * width + column, image, (corner[:, None] + window).flatten())
-
-    def patches(self, rows: Tensor) -> Tensor:
-        """The 3x3 neighbourhoods in maps given as rows (BHW, C), zeros beyond the border: (P, 9C), channels last."""
-        padded = functional.pad(rows.view(*self.shape, -1), (0, 0, 1, 1, 1, 1)).flatten(0, 2)
-        return padded.index_select(0, self.neighbours).view(len(self.flat), -1)
-
-
-class PositionConv(nn.Module):
-    """A convolution with "same" padding and what follows it, for whole images or at some positions only, at the same price per position.
-
-    Args:
-        inputs: channels in.
-        outputs: channels out.
-        kernel: 1 or 3.
-        stride: of whole images; positions need 1.
-        behind: normalisation and activation of the result; a convolution without any has a bias.
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, behind: tuple[nn.Module, ...] = ()) -> None:
-        super().__init__()
-        # A plain sequence: attacks fold BatchNorm into the convolution before it.
-        self.layers = nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=not behind), *behind)
-        self.kernel = kernel
-
-    def forward(self, features: Tensor, where: Positions | None = None) -> Tensor:
-        """Whole maps, or some positions of stride-1 maps.
-
-        Args:
-            features: maps (B, C, H, W); with ``where`` rows, of all positions (BHW, C) for a 3x3 kernel, of these positions (P, C) for 1x1.
-            where: the positions to compute.
-
-        Returns:
-            Maps (B, O, H, W); with ``where`` rows (P, O).
-        """
-        if where is None:
-            return self.layers(features)
-        convolution, *behind = self.layers
-        assert isinstance(convolution, nn.Conv2d)
-        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
-        rows = functional.linear(where.patches(features) if self.kernel == 3 else features, weight, convolution.bias)
-        for layer in behind:
-            rows = layer(rows[:, :, None, None])[:, :, 0, 0]
-        return rows
-
-    def extent(self, features: Tensor, where: Positions | None = None) -> tuple[int, int]:
-        """Images computed of 1, or positions computed of those of one image."""
-        return (len(features), 1) if where is None else (len(where.flat), where.shape[1] * where.shape[2])
 
 
 # ---- residual units ----
@@ -445,11 +359,6 @@ def still_running(running: Tensor, spatial: bool, execution: Execution) -> Part:
     return RunningPositions(running) if spatial else RunningImages(places[:, 0])
 
 
-def dilate(mask: Tensor) -> Tensor:
-    """Maximum over the 3x3 neighbourhood of each position of (B, H, W)."""
-    return functional.max_pool2d(mask[:, None], 3, 1, 1)[:, 0]
-
-
 # ---- blocks ----
 
 
@@ -527,13 +436,12 @@ class HaltingBlock(nn.Module):
         kind = torch.promote_types(features.dtype, torch.float32)
         state = start_halting(torch.ones(images, grid[0] * grid[1], dtype=kind, device=features.device))
         part: Part = Whole()
-        average = features
+        average, score = features, state.running
         gates: dict[str, Gate] = {}
         for index, (unit, head) in enumerate(self.optional, start=1):
-            halting = torch.sigmoid(part.halting(head, features).to(kind))
-            # Sums of what halted grow on, so that its gates keep a gradient; really skipped, its halting scores are 0.
-            cumulative = accumulate(state, halting)
-            score = go_on_score(cumulative, self.eps)
+            logits = part.halting(head, features).to(kind)
+            halting = torch.sigmoid(logits)
+            cumulative, score = accumulate(state, halting), go_on_score(state, logits, score, self.eps)
             go_on = torch.ones_like(score) if execution == "dense" else decide(self.gate_name(index), score)
             weight, state = advance(state, halting, cumulative, go_on)
             share = weight.view(images, 1, *grid)

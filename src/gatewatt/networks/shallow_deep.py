@@ -351,7 +351,7 @@ class ShallowDeep(DynamicNetwork):
                 decided = self.decision(name, score, self.threshold, training=self.training)
                 # An image that stopped stays stopped, whatever a later exit would say.
                 executed = executed * decided.detach()
-            gates[name] = Gate(score, self.threshold, executed)
+            gates[name] = Gate(score, self.threshold, executed, within=tuple(gates))
             if execution == "skipped":
                 going = executed.flatten()[rows].nonzero().flatten()
                 if len(going) < len(rows):

@@ -97,13 +97,18 @@ def report(
 
 def _facts(all_panels: Sequence[Panel]) -> str:
     runs = [run for panel in all_panels for run in panel.runs]
-    versions = sorted({", ".join(f"{name} {version}" for name, version in sorted(_mapping(run.summary["versions"]).items())) for run in runs})
     lines = [
         f"Rendered by `gatewatt report` from {len(runs)} run{'s' if len(runs) > 1 else ''}; every figure comes from their records.",
         "All columns are in `runs.csv`, the comparisons in `matched.csv` and `orderings.csv`.",
-        f"Versions: {'; or '.join(version for version in versions if version) or 'not recorded'}.",
+        versions_text(runs),
     ]
     return "\n".join(lines) + "\n"
+
+
+def versions_text(runs: Sequence[Run]) -> str:
+    """What the runs were measured with."""
+    versions = sorted({", ".join(f"{name} {version}" for name, version in sorted(_mapping(run.summary["versions"]).items())) for run in runs})
+    return f"Versions: {'; or '.join(version for version in versions if version) or 'not recorded'}."
 
 
 def _panel_section(panel: Panel, figures: dict[str, Figures], matched: Sequence[Matched], images: Sequence[str]) -> list[str]:
@@ -112,7 +117,7 @@ def _panel_section(panel: Panel, figures: dict[str, Figures], matched: Sequence[
         f"## {panel.title}\n",
         f"Clean: accuracy {first.accuracy_clean_percent:.1f} %, {first.flops_clean_percent:.1f} % of {first.flops_dense / 1e6:.2f} M dense MACs "
         f"(sd over images {first.flops_clean_std_percent:.1f} %), {first.images_at_full_flops} of {first.images} images at full FLOPs.\n",
-        _attacks(panel.runs),
+        attacks_text(panel.runs),
     ]
     # One picture is enough to read; the other formats lie beside it.
     sections += [f"![Recovery against MSE]({name})\n" for name in images[:1]]
@@ -130,15 +135,15 @@ def _panel_section(panel: Panel, figures: dict[str, Figures], matched: Sequence[
     return sections
 
 
-def _attacks(runs: Sequence[Run]) -> str:
-    """What all attacks of a panel share; what they do not share stands in ``runs.csv``."""
+def attacks_text(runs: Sequence[Run], file: str = "runs.csv") -> str:
+    """What all attacks of some runs share; what they do not share stands in ``file``."""
     shared = set.intersection(*(set(run.attack.settings) for run in runs))
     differing = sorted({key for run in runs for key, value in run.attack.settings if (key, value) not in shared})
     text = f"Attacks: {', '.join(dict.fromkeys(run.attack.name for run in runs))}."
     if shared:
         text += f" Settings of all: {', '.join(f'{key}={value}' for key, value in sorted(shared))}."
     if differing:
-        text += f" They differ in {', '.join(differing)}; see `runs.csv`."
+        text += f" They differ in {', '.join(differing)}; see `{file}`."
     return text + "\n"
 
 

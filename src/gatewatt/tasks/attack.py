@@ -14,6 +14,7 @@ from gatewatt.data.batch import Batch, BatchKey
 from gatewatt.data.module import ImageData
 from gatewatt.data.splits import subset
 from gatewatt.defenses import Wrapper, bare, described
+from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork, check_finite, gate_table, measuring_execution
 from gatewatt.metrics.distortion import linf_levels, mse_levels2, round_to_8bit
 from gatewatt.metrics.record import ImageRecord, image_records
@@ -72,7 +73,7 @@ class EnergyAttackEvaluation(NetworkTask):
         checkpoint: str | None = None,
         channels_last: bool = True,
     ) -> None:
-        super().__init__(network if defense is None else defense(network), checkpoint=checkpoint, channels_last=channels_last)
+        super().__init__(network, defense=defense, checkpoint=checkpoint, channels_last=channels_last)
         if oblivious and (source is not None or not isinstance(self.network, Wrapper)):
             raise ValueError("oblivious leaves the target's own defense out of the attack: give a defense, and no source")
         self.oblivious, self.source = oblivious, bare(self.network) if oblivious else source
@@ -81,6 +82,7 @@ class EnergyAttackEvaluation(NetworkTask):
                 raise ValueError(f"source_checkpoint {source_checkpoint} needs a source, the network whose weights these are")
             load_weights(source, source_checkpoint)
         self.source_checkpoint = source_checkpoint
+        self.source_ledger: FlopsLedger | None = None
         self.attack = attack or GradMDM()
         self.rows: list[ImageRecord] = []
         self.attack_seconds = 0.0
@@ -116,13 +118,20 @@ class EnergyAttackEvaluation(NetworkTask):
         """Measure a batch clean, and attack it."""
         output, flops = self.evaluation.step(batch)
         clean = Measured(output.logits.argmax(1), flops, gate_table(output.gates).executed)
+        source, ledger = self.crafted_on(batch.images[:1])
         start = time.perf_counter()
-        source = self.network if self.source is None else self.source
-        # The source's own prices weigh its gates; only for a white-box attack are they known already.
-        ledger = self.ledger if self.source is None else None
         adversarial = self.attack(source, batch.images, batch.labels, ledger=ledger).images
         self.attack_seconds += time.perf_counter() - start
         return Attacked(batch, clean, adversarial)
+
+    def crafted_on(self, image: Tensor) -> tuple[DynamicNetwork, FlopsLedger]:
+        """The network that the attack sees, and its own prices, which weigh its gates, at the resolution of ``image`` (1, 3, H, W)."""
+        if self.source is None:
+            return self.network, self.ledger
+        # Once for all batches: a trace takes longer than a short attack.
+        if self.source_ledger is None or self.source_ledger.resolution != tuple(image.shape[2:]):
+            self.source_ledger = price(self.source, image)
+        return self.source, self.source_ledger
 
     def measure(self, images: Tensor) -> Measured:
         """Run the target on images (B, 3, H, W) in [0, 1], really skipped if it can, in float32."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
 import torch
 
 from gatewatt.data.batch import Batch
+from gatewatt.defenses import Wrapper
 from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork
 from gatewatt.networks.checkpoint import load_weights
@@ -17,6 +20,8 @@ class NetworkTask(L.LightningModule):
 
     Args:
         network: the network.
+        defense: puts it behind a defense, as ``lambda network: Defended(network, JPEG())``; a recipe names the class. The pair is the task's
+            network then.
         checkpoint: weights to load into it: a shipped name or a ``.safetensors`` path of the same architecture.
         channels_last: keep weights and images in that memory format (faster on CPU and GPU).
     """
@@ -24,8 +29,16 @@ class NetworkTask(L.LightningModule):
     ledger: FlopsLedger
     evaluation: CleanEvaluation
 
-    def __init__(self, network: DynamicNetwork, *, checkpoint: str | None = None, channels_last: bool = True) -> None:
+    def __init__(
+        self,
+        network: DynamicNetwork,
+        *,
+        defense: Callable[[DynamicNetwork], Wrapper] | None = None,
+        checkpoint: str | None = None,
+        channels_last: bool = True,
+    ) -> None:
         super().__init__()
+        network = network if defense is None else defense(network)
         if checkpoint is not None:
             load_weights(network, checkpoint)
         self.checkpoint = checkpoint

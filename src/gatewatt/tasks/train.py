@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from gatewatt.data.batch import Batch
 from gatewatt.data.distortion import Mixing
 from gatewatt.data.order import generator
+from gatewatt.defenses import Wrapper
 from gatewatt.gating import DynamicNetwork, Execution
 from gatewatt.objectives import CrossEntropy, Objective
 from gatewatt.tasks.base import NetworkTask
@@ -29,6 +31,7 @@ class DynamicTraining(NetworkTask):
         network: the network to train.
         objective: its training loss.
         optimization: optimiser and schedule.
+        defense: what the network is trained and measured behind, see :class:`~gatewatt.tasks.base.NetworkTask`; exported is the network inside.
         checkpoint: weights to start from: a shipped name or a ``.safetensors`` path of the same architecture.
         channels_last: keep weights and images in that memory format (faster on CPU and GPU).
         execution: ``masked``, or ``dense`` to train the static parent of a network that is made dynamic in a second stage; the parent is then what
@@ -42,12 +45,13 @@ class DynamicTraining(NetworkTask):
         objective: Objective | None = None,
         optimization: Optimization | None = None,
         *,
+        defense: Callable[[DynamicNetwork], Wrapper] | None = None,
         checkpoint: str | None = None,
         channels_last: bool = True,
         execution: Literal["masked", "dense"] = "masked",
         mixing: Mixing | None = None,
     ) -> None:
-        super().__init__(network, checkpoint=checkpoint, channels_last=channels_last)
+        super().__init__(network, defense=defense, checkpoint=checkpoint, channels_last=channels_last)
         if execution not in ("masked", "dense"):
             raise ValueError(f"execution must be masked or dense to train, got {execution!r}")
         self.execution: Execution = execution
@@ -100,6 +104,7 @@ class DynamicTraining(NetworkTask):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch of clean images."""
         if self.execution == "dense":
+            # Here and not once: the evaluation is made anew for images of another size.
             self.evaluation.execution = "dense"
         self.evaluation.step(batch)
 

@@ -1,0 +1,300 @@
+"""Robust dynamic networks beside what they must beat: the undefended twin, accuracy-adversarial training, a static network, and a hard cap.
+
+    python benchmarks/robustness.py --data digits --train skipnet-20-digits --seeds 0 1 2
+    python benchmarks/robustness.py --data FOLDER --checkpoints skipnet-38-cifar10 skipnet-38-cifar10-robust FILE --guards skipnet-38-cifar10=0.9
+    python benchmarks/robustness.py --data FOLDER --train skipnet-38-cifar10 --undefended skipnet-38-cifar10
+
+Every network meets every attack; each pair leaves summary.json and records.csv in OUT/<network>/seed<N>/<attack>, what `gatewatt test` writes. A
+pair that is there is not measured again, and one of other weights, images or settings is refused. ROBUSTNESS.md and robustness.csv are rendered
+from these files alone. FOLDER holds {train,test}/<class>/* of CIFAR-10.
+
+--train runs the recipes <NAME>, <NAME>-robust, <NAME>-accuracy and <NAME>-static for every seed, as `gatewatt fit` does, into runs/<recipe>-seed<N>,
+and takes up what is there. The static network gets the robust one's worst case for a budget: its mean FLOPs under the attack that costs it most. The
+undefended twin behind a guard of that budget stands for what a hard cap does. A checkpoint that was trained behind a defense, a static one above all,
+is measured behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
+import torch
+
+from gatewatt import load, price
+from gatewatt.attacks import AccuracyPGD, Attack, AutoEnergy, GradMDM, LinfBall
+from gatewatt.callbacks import ResultFiles
+from gatewatt.cli import main as gatewatt
+from gatewatt.cli.quiet import quiet
+from gatewatt.data import DigitsData, FolderData, ImageData
+from gatewatt.defenses import BudgetGuard
+from gatewatt.defenses.restore import behind
+from gatewatt.files import write_text
+from gatewatt.networks.checkpoint import card_of
+from gatewatt.reports.collect import Run, load_run
+from gatewatt.reports.tables import Figures, csv_text, figures_of
+from gatewatt.shipped import find_checkpoint
+from gatewatt.tasks import EnergyAttackEvaluation
+
+ATTACKS: dict[str, Callable[[int], Attack]] = {
+    "linf-4": lambda steps: AutoEnergy("linf", 4 / 255, steps=steps),
+    "linf-8": lambda steps: AutoEnergy("linf", 8 / 255, steps=steps),
+    "l2-0.5": lambda steps: AutoEnergy("l2", 0.5, steps=steps),
+    "l2-1.0": lambda steps: AutoEnergy("l2", 1.0, steps=steps),
+    "gradmdm": lambda steps: GradMDM(gamma=100.0, steps=steps),
+    "accuracy-linf-4": lambda steps: AccuracyPGD(space=LinfBall(4 / 255), steps=min(steps, 20)),
+}
+"""Name -> attack by its number of steps. The last is against the prediction: who saves FLOPs must not have paid with accuracy."""
+
+
+class Contestant(NamedTuple):
+    """A network to be measured.
+
+    Attributes:
+        checkpoint: a shipped name or a file.
+        guard: budget of a guard around it, a share of its dense FLOPs; None without.
+    """
+
+    checkpoint: str
+    guard: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs lie: what it is called, then the seed that its card names."""
+        name = find_checkpoint(self.checkpoint).stem
+        return Path(name if self.guard is None else f"{name}+guard") / f"seed{card_of(self.checkpoint).get('seed') or 0}"
+
+
+def data_of(name: str, images: int) -> ImageData:
+    """``digits``, or the folder of CIFAR-10 of that name; the first so many test images of a fixed permutation."""
+    if name == "digits":
+        return DigitsData(eval_batch_size=100, test_images=images)
+    return FolderData(name, name="cifar10", eval_batch_size=125, test_images=images)
+
+
+def measured(contestant: Contestant, attack: Attack, data: ImageData, folder: Path, precision: str) -> Run:
+    """The run of a network under an attack; made unless it is there.
+
+    Raises:
+        SystemExit: if the folder holds the run of other weights, images or settings.
+    """
+    card = card_of(contestant.checkpoint)
+    asked = {"sha256": card["sha256"], "guard": contestant.guard, "images": data.test_images, "attack": attack.settings}
+    asked = json.loads(json.dumps(asked))
+    if (folder / "summary.json").exists():
+        found = json.loads((folder / "asked.json").read_text())
+        differing = [key for key, value in asked.items() if found[key] != value]
+        if differing:
+            raise SystemExit(f"{folder} holds a run of another {' and '.join(differing)}; remove it, or choose another --out")
+        return load_run(folder)
+    # What an interrupted run left.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    inner = load(contestant.checkpoint)
+    network = behind(inner, card.get("defense"), size=data.size)
+    if contestant.guard is not None:
+        network = BudgetGuard(network, contestant.guard, size=data.size)
+    # Of the network without its defense: a static one is its own dense network, and shares would not compare.
+    asked["flops_dense"] = price(inner, torch.zeros(1, 3, data.size, data.size)).dense
+    write_text(folder / "asked.json", json.dumps(asked, indent=2) + "\n")
+    task = EnergyAttackEvaluation(network, attack)
+    task.checkpoint = contestant.checkpoint
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="auto", devices=1, precision=precision, callbacks=[ResultFiles()], default_root_dir=folder, **silent)
+    trainer.test(task, data, verbose=False)
+    return load_run(folder)
+
+
+def trained(recipe: str, seed: int, folder: Path, *flags: str) -> str:
+    """The checkpoint of a recipe run with that seed; trained unless it is there."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        shutil.rmtree(folder, ignore_errors=True)
+        seeds = ["--seed_everything", str(seed), "--data.seed", str(seed), "--run", str(folder)]
+        if gatewatt(["fit", "-c", recipe, *seeds, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false", *flags]):
+            raise SystemExit(f"{recipe} did not train")
+        found = sorted(folder.glob("*.safetensors"))
+    return str(found[0])
+
+
+def raced(options: argparse.Namespace, measure: Callable[[Contestant], list[Run]]) -> None:
+    """Train and measure the five contestants of a family, seed by seed."""
+    root = () if options.data == "digits" else ("--data.root", options.data)
+    for seed in options.seeds:
+
+        def fit(kind: str, *flags: str, seed: int = seed) -> str:
+            recipe = f"{options.train}{kind}"
+            return trained(recipe, seed, Path("runs") / f"{recipe}-seed{seed}", *root, *flags)
+
+        undefended = options.undefended or fit("")
+        robust, accuracy = (fit(kind, "--model.checkpoint", undefended) for kind in ("-robust", "-accuracy"))
+        spent = [float(run.flops[:, 2].mean() / run.flops[0, 0]) for run in measure(Contestant(robust))]
+        # Up to the fourth digit: a route that costs exactly as much must fit.
+        budget = math.ceil(1e4 * max(spent)) / 1e4
+        for contestant in (Contestant(undefended), Contestant(accuracy), Contestant(undefended, budget)):
+            measure(contestant)
+        measure(Contestant(fit("-static", "--model.checkpoint", undefended, "--model.budget", str(budget))))
+
+
+FIGURES = (
+    "accuracy_clean_percent",
+    "flops_clean",
+    "flops_clean_std_percent",
+    "routes_clean",
+    "accuracy_adversarial_percent",
+    "accuracy_adversarial_8bit_percent",
+    "flops_adversarial",
+    "flops_adversarial_p95",
+    "recovery_percent",
+    "recovery_low",
+    "recovery_high",
+    "recovery_8bit_percent",
+    "mse_levels2",
+    "images",
+)
+"""What the CSV repeats of each run."""
+
+
+class Entry(NamedTuple):
+    """One run of the table: what it is of, the dense FLOPs of the network without its defense, and its figures."""
+
+    network: str
+    seed: str
+    attack: str
+    dense: float
+    most: float
+    figures: Figures
+
+
+def entries(out: Path) -> list[Entry]:
+    """Every run below ``out``, from its files alone."""
+    found = []
+    for folder in sorted(path.parent for path in out.glob("*/seed*/*/summary.json")):
+        network, seed, attack = folder.relative_to(out).parts
+        run, dense = load_run(folder), json.loads((folder / "asked.json").read_text())["flops_dense"]
+        found.append(Entry(network, seed, attack, dense, float(run.flops[:, 2].max()), figures_of(run)))
+    return found
+
+
+def over_seeds(values: Sequence[float], digits: int = 1, unit: str = " %") -> str:
+    """One value, or the mean of several and between what they lie.
+
+    Example:
+        >>> over_seeds([12.04]), over_seeds([10.0, 20.0]), over_seeds([float("nan")])
+        ('12.0 %', '15.0 % (10.0 to 20.0)', '-')
+    """
+    # Where clean images run everything, nothing can be recovered.
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "-"
+    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean}{unit} ({low} to {high})" if len(values) > 1 else f"{mean}{unit}"
+
+
+def line(group: Sequence[Entry]) -> list[str]:
+    """One line of the table: a network under an attack, over its seeds."""
+    first, figures = group[0], [entry.figures for entry in group]
+
+    def share(value: Callable[[Entry], float]) -> str:
+        return over_seeds([100 * value(entry) / entry.dense for entry in group])
+
+    recovery = over_seeds([each.recovery_percent for each in figures])
+    if len(group) == 1 and recovery != "-":
+        recovery += f" [{figures[0].recovery_low:.1f}, {figures[0].recovery_high:.1f}]"
+    return [
+        first.network,
+        str(len(group)),
+        over_seeds([each.accuracy_clean_percent for each in figures]),
+        share(lambda entry: entry.figures.flops_clean),
+        over_seeds([each.flops_clean_std_percent * each.flops_dense / entry.dense for each, entry in zip(figures, group, strict=True)]),
+        "-" if figures[0].routes_clean is None else over_seeds([float(each.routes_clean or 0) for each in figures], 0, ""),
+        first.attack,
+        over_seeds([each.accuracy_adversarial_percent for each in figures]),
+        share(lambda entry: entry.figures.flops_adversarial),
+        share(lambda entry: entry.figures.flops_adversarial_p95),
+        share(lambda entry: entry.most),
+        recovery,
+        over_seeds([each.recovery_8bit_percent for each in figures]),
+        str(figures[0].images),
+    ]
+
+
+COLUMNS = "network, seeds, accuracy, FLOPs, sd, routes, attack, accuracy attacked, FLOPs attacked, p95, max, recovery, 8-bit, images".split(", ")
+
+
+def render(out: Path) -> str:
+    """Write the page and the CSV; returns the table."""
+    found = entries(out)
+    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in found:
+        groups[entry.network, entry.attack].append(entry)
+    order = list(ATTACKS)
+    ordered = sorted(groups, key=lambda key: (order.index(key[1]) if key[1] in order else len(order), key))
+    table = [
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---|" + "--:|" * (len(COLUMNS) - 1),
+        *("| " + " | ".join(line(groups[key])) + " |" for key in ordered),
+    ]
+    page = [
+        "# Robust dynamic networks, and what they must beat",
+        "",
+        "Rendered by `python benchmarks/robustness.py` from the records beside this page. FLOPs are means over images, as shares of the dense FLOPs",
+        "of the network without its defense; *sd* is over images, *routes* counts different routes of clean images, *p95* and *max* are over",
+        "attacked images. Of several seeds the mean, and in brackets the lowest and the highest; of one, recovery has a 95 % bootstrap interval over",
+        "images in square brackets. A static network has nothing to recover (-). *linf-4* is AutoEnergy within 4/255, and so on; *accuracy-linf-4*",
+        "is PGD against the prediction.",
+        "",
+        *table,
+    ]
+    write_text(out / "ROBUSTNESS.md", "\n".join(page) + "\n")
+    header = ["network", "seed", "attack", "flops_dense", *FIGURES, "flops_adversarial_max"]
+    rows = [[entry.network, entry.seed, entry.attack, entry.dense, *(getattr(entry.figures, key) for key in FIGURES), entry.most] for entry in found]
+    write_text(out / "robustness.csv", csv_text(header, rows))
+    return "\n".join(table)
+
+
+def guard_of(text: str) -> Contestant:
+    """A network behind a guard, from ``CHECKPOINT=BUDGET``."""
+    name, _, budget = text.rpartition("=")
+    return Contestant(name, float(budget))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train and measure what is missing, then render."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits", help="digits, or a folder of CIFAR-10")
+    parser.add_argument("--checkpoints", nargs="+", default=[], help="shipped names or files")
+    parser.add_argument("--guards", nargs="+", type=guard_of, default=[], metavar="CHECKPOINT=BUDGET", help="networks behind a guard")
+    parser.add_argument("--train", metavar="NAME", help="train the recipes NAME, NAME-robust, NAME-accuracy and NAME-static")
+    parser.add_argument("--undefended", metavar="CHECKPOINT", help="with --train: start from this one instead of training NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
+    parser.add_argument("--images", type=int, default=None, help="test images (default: 400 digits, 1,000 of CIFAR-10)")
+    parser.add_argument("--steps", type=int, default=100, help="of every attack")
+    parser.add_argument("--precision", default="32-true", help="of crafting; figures are taken in float32 in any case")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/robustness"))
+    options = parser.parse_args(arguments)
+    quiet()
+    data = data_of(options.data, options.images or (400 if options.data == "digits" else 1000))
+
+    def measure(contestant: Contestant) -> list[Run]:
+        folder = options.out / contestant.folder
+        return [measured(contestant, ATTACKS[name](options.steps), data, folder / name, options.precision) for name in options.attacks]
+
+    for contestant in [*map(Contestant, options.checkpoints), *options.guards]:
+        measure(contestant)
+    if options.train:
+        raced(options, measure)
+    print(render(options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Run the rows of tables that have no records yet, and render the tables.
+
+Every run is an ordinary ``gatewatt test``, in this process and into a folder of its own, ``results/<key>``. ``key.json`` is written into it last:
+a folder without one is what an interruption left, and the run is made again. So the same command starts a table, goes on with it, and renders
+it when all is there; rows that two tables share are run once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gatewatt.cli.errors import explain
+from gatewatt.cli.rows import NotRun, Options, Planned, label_of, plan
+from gatewatt.files import write_text
+from gatewatt.recipes import Recipe
+from gatewatt.reports.collect import ReportError, load_run
+from gatewatt.reports.paper import Line, Section, render_page, render_table
+from gatewatt.reports.plots import STRIP_FILE
+from gatewatt.reports.recipe import TableRecipe, read_table
+
+KEY_FILE = "key.json"
+"""What a run's key is the hash of; the mark of a complete run."""
+UNMEASURED = "no records yet; gatewatt report with the table's own file runs it"
+
+
+class Asked:
+    """One line of a table: the run that it needs, or why there can be none.
+
+    Args:
+        line: the line, without records.
+        runs: its run, and the one that keeps images if the table shows some.
+    """
+
+    def __init__(self, line: Line, runs: Sequence[Planned]) -> None:
+        self.line, self.runs = line, runs
+
+    def filled(self, results: Path) -> Line:
+        """The line with what has been measured.
+
+        Raises:
+            ReportError: for records that do not add up.
+        """
+        if not self.runs:
+            return self.line
+        folders = [results / run.key for run in self.runs]
+        if not all(map(complete, folders)):
+            return replace(self.line, reason=UNMEASURED)
+        strip = folders[1] / STRIP_FILE if len(folders) > 1 else None
+        return replace(self.line, run=load_run(folders[0], self.line.label), strip=strip)
+
+
+def report_tables(
+    files: Sequence[Path],
+    out: Path,
+    options: Options,
+    *,
+    results: Path,
+    measuring: bool = True,
+    title: str = "Results",
+    figures: bool = True,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:
+    """Run what is missing and render.
+
+    Args:
+        files: table recipes.
+        out: folder for the page, CSV and figures.
+        options: what the command line changes about every row.
+        results: folder of the runs, one below it per key. One report at a time writes into it.
+        measuring: whether to run what is missing; otherwise lines without records say so.
+        title: first line of a page of several tables.
+        figures: whether to draw; needs matplotlib.
+        formats: suffixes of the figures.
+
+    Returns:
+        The files written, the page first: ``RESULTS.md``, or that of a single table.
+
+    Raises:
+        ReportError: for a table recipe or a row that is wrong, in one line; of what was measured nothing is lost.
+    """
+    # All of them before the first run: a slip in the last table should not come out after hours.
+    asked = {table.name: (table, list(lines_of(table, options))) for table in map(read_table, files)}
+    if len(asked) < len(files):
+        raise ReportError(f"two table recipes have the same file name among {', '.join(map(str, files))}; their files would overwrite each other")
+    if measuring:
+        needed = {run.key: (table, one, run) for table, lines in asked.values() for one in lines for run in one.runs}
+        missing = {key: entry for key, entry in needed.items() if not complete(results / key)}
+        for number, (table, one, planned) in enumerate(missing.values(), 1):
+            print(f"gatewatt: {table.name}: {planned.label} (run {number} of {len(missing)}, {results / planned.key})", file=sys.stderr, flush=True)
+            measure(planned, results / planned.key, one.line.row.place)
+    sections: list[Section] = []
+    for table, lines in asked.values():
+        sections.append(render_table(table, [one.filled(results) for one in lines], out, figures=figures, formats=formats))
+    if len(asked) == 1:
+        (name,) = asked
+        page = write_text(out / f"{name}.md", render_page(asked[name][0].title, sections))
+    else:
+        page = write_text(out / "RESULTS.md", render_page(title, sections))
+    return [page, *(file for section in sections for file in section.files)]
+
+
+def lines_of(table: TableRecipe, options: Options) -> Iterator[Asked]:
+    """Every line of a table, with the runs that it needs."""
+    for row in table.rows:
+        for point in row.points:
+            line = Line(label_of(table, row, point, options), row, point)
+            try:
+                runs = [plan(table, row, point, options)]
+                if table.plot == "images":
+                    runs.append(plan(table, row, point, options, strip=True))
+            except NotRun as reason:
+                yield Asked(replace(line, reason=str(reason)), [])
+            except FileNotFoundError as error:
+                raise ReportError(f"{row.place}: {error}") from None
+            else:
+                yield Asked(replace(line, key=runs[0].key), runs)
+
+
+def complete(folder: Path) -> bool:
+    """Whether a run's folder holds a whole run."""
+    return (folder / KEY_FILE).is_file()
+
+
+def measure(planned: Planned, folder: Path, place: str) -> None:
+    """Run one row into ``folder``, as ``gatewatt test`` would.
+
+    Raises:
+        ReportError: in one line, if the row cannot be run.
+        SystemExit: if the run was terminated.
+    """
+    # Heavy, and needed only where something is missing.
+    from gatewatt.cli.trainer import run
+
+    if folder.exists():
+        # Half a run of ours: by its name a hash, and without the mark that is written last.
+        shutil.rmtree(folder)
+    recipe = Recipe({**planned.recipe.settings, "run": str(folder)}, planned.recipe.origins, planned.recipe.files, command=[planned.verb])
+    try:
+        code = run(planned.verb, recipe, [])
+    except Exception as error:
+        line = None if hasattr(error, "exit_code") else explain(error, recipe)
+        if line is None:
+            raise
+        raise ReportError(f"{place}: {planned.label}: {line}") from error
+    if code:
+        raise SystemExit(code)
+    write_text(folder / KEY_FILE, json.dumps(planned.identity, indent=2, sort_keys=True) + "\n")
+    # A row's network, images and graph are gone before the next row's come.
+    gc.collect()

@@ -1,0 +1,147 @@
+"""The benchmarks of defended networks, each in its smallest form: what they write, reuse, refuse and print."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tests.training import QUIET, skipnet
+
+from gatewatt.networks.checkpoint import save
+
+pytestmark = [*QUIET, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark by name, imported as it is run: beside its neighbours."""
+
+    def _script(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+        return importlib.import_module(name)
+
+    return _script
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """An untrained network in a file, of seed 3."""
+    save(skipnet(depth=14), tmp_path / "plain.safetensors", card={"seed": 3})
+    return str(tmp_path / "plain.safetensors")
+
+
+# ---- training.py ----
+
+
+def test_a_ratio_compares_within_a_round(script: Any) -> None:
+    found = script("training").ratios({"clean": [1.0, 10.0, 2.0], "attacked": [3.0, 20.0, 8.0]})
+    assert found == {"clean": 1.0, "attacked": 3.0}
+
+
+def test_training_is_timed_and_measured(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--network", "network/skipnet-20-small", "--data", "digits", "--batch", "4", "--steps", "1", "--rounds", "1"]
+    script("training").main([*small, "--cases", "cached, 2 steps", "--measure", "4", "--train", "1", "--attack-steps", "1"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("clean  ", "cached, 2 steps  "))]
+    assert [line.split("  ")[0] for line in printed] == ["clean", "cached, 2 steps"] * 2
+    assert float(printed[0].split()[-1]) == 1
+    assert float(printed[1].split()[-1]) > 0
+    assert "%" in printed[3]
+
+
+def test_every_case_is_a_task_from_the_same_weights(script: Any) -> None:
+    training = script("training")
+    tasks = [training.task_of(fragments, "network/skipnet-20-small", None) for fragments in training.CASES.values()]
+    assert type(tasks[0]).__name__ == "DynamicTraining"
+    assert {type(task).__name__ for task in tasks[1:]} == {"EnergyAdversarialTraining"}
+    assert len({str(task.attack.settings) for task in tasks[1:]}) >= 4
+    for task in tasks[1:]:
+        assert all(bool((tensor == tasks[0].network.state_dict()[name]).all()) for name, tensor in task.network.state_dict().items())
+
+
+def test_noise_will_do_and_is_the_same_every_time(script: Any) -> None:
+    data = [script("training").data_of("noise", 4, 2) for _ in range(2)]
+    first, second = (next(iter(each.train_dataloader())) for each in data)
+    assert first.images.shape == (4, 3, 32, 32)
+    assert bool((first.images == second.images).all())
+
+
+# ---- robustness.py ----
+
+
+SMALL = ["--images", "4", "--steps", "1"]
+
+
+def test_every_pair_leaves_a_run_and_the_page_comes_from_the_runs(
+    script: Any, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robustness = script("robustness")
+    out = tmp_path / "out"
+    asked = ["--out", str(out), *SMALL, "--attacks", "gradmdm", "accuracy-linf-4", "--checkpoints", checkpoint, "--guards", f"{checkpoint}=0.7"]
+    robustness.main(asked)
+    folders = {path.parent.relative_to(out).as_posix() for path in out.rglob("summary.json")}
+    assert folders == {f"{network}/seed3/{attack}" for network in ("plain", "plain+guard") for attack in ("gradmdm", "accuracy-linf-4")}
+    capped = json.loads((out / "plain+guard/seed3/gradmdm/summary.json").read_text())
+    assert capped["flops_adversarial_max"] <= capped["defense"]["certificate"] <= 0.7 * capped["flops_dense"]
+
+    page = (out / "ROBUSTNESS.md").read_text()
+    with (out / "robustness.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert page.count("| plain |") == page.count("| plain+guard |") == 2
+    summary = json.loads((out / "plain/seed3/gradmdm/summary.json").read_text())
+    row = next(row for row in rows if (row["network"], row["attack"]) == ("plain", "gradmdm"))
+    assert float(row["flops_adversarial_max"]) == summary["flops_adversarial_max"]
+    assert float(row["flops_adversarial_p95"]) == pytest.approx(summary["flops_adversarial_p95"])
+    assert float(row["accuracy_clean_percent"]) == pytest.approx(100 * summary["accuracy_clean"])
+
+    def measured_again(*arguments: object) -> None:
+        raise AssertionError("what is there was measured again")
+
+    monkeypatch.setattr(robustness, "EnergyAttackEvaluation", measured_again)
+    robustness.main(asked)
+    assert (out / "ROBUSTNESS.md").read_text() == page
+    with pytest.raises(SystemExit, match="gradmdm holds a run of another attack; remove it, or choose another --out"):
+        robustness.main([*asked, "--steps", "2"])
+    save(skipnet(5, depth=14), checkpoint, card={"seed": 3}, overwrite=True)
+    with pytest.raises(SystemExit, match="gradmdm holds a run of another sha256; remove it"):
+        robustness.main(asked)
+
+
+def test_a_family_is_trained_once_and_the_static_network_gets_the_worst_case(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    robustness, commands = script("robustness"), []
+
+    def fit(words: list[str]) -> int:
+        commands.append(words)
+        recipe, folder, seed = words[2], Path(words[words.index("--run") + 1]), int(words[words.index("--data.seed") + 1])
+        static = {"name": "FixedRoute", "open_gates": ["block2"]} if recipe.endswith("static") else None
+        save(skipnet(seed, depth=14), folder / f"{recipe}.safetensors", card={"seed": seed, "defense": static})
+        return 0
+
+    monkeypatch.setattr(robustness, "gatewatt", fit)
+    asked = ["--out", "out", *SMALL, "--attacks", "gradmdm", "--train", "net", "--seeds", "1", "2"]
+    robustness.main(asked)
+    robustness.main(asked)
+    assert [words[2] for words in commands] == ["net", "net-robust", "net-accuracy", "net-static"] * 2
+    found = {folder.name: json.loads((folder / "seed1/gradmdm/summary.json").read_text()) for folder in Path("out").iterdir() if folder.is_dir()}
+    assert found.keys() == {"net", "net-robust", "net-accuracy", "net-static", "net+guard"}
+    worst = found["net-robust"]["flops_adversarial"] / found["net-robust"]["flops_dense"]
+    assert float(commands[3][commands[3].index("--model.budget") + 1]) == pytest.approx(worst, abs=1e-4)
+    assert found["net+guard"]["defense"]["budget"] == pytest.approx(worst, abs=1e-4)
+    assert found["net-static"]["flops_clean"] == found["net-static"]["flops_adversarial"] == found["net-static"]["flops_dense"]
+    page = Path("out/ROBUSTNESS.md").read_text()
+    static = next(line for line in page.splitlines() if line.startswith("| net-static |"))
+    assert [cell.strip() for cell in static.split("|")][2] == "2"
+    # A share of what the network could spend, not of its own route.
+    share = 100 * found["net-static"]["flops_dense"] / found["net"]["flops_dense"]
+    assert f"{share:.1f} % ({share:.1f} to {share:.1f})" in static
+
+
+def test_seeds_are_told_apart(script: Any) -> None:
+    over_seeds = script("robustness").over_seeds
+    assert [over_seeds([12.04]), over_seeds([10.0, 20.0]), over_seeds([float("nan")])] == ["12.0 %", "15.0 % (10.0 to 20.0)", "-"]
