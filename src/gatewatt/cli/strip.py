@@ -42,5 +42,6 @@ class ImageStrip(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write."""
         content = io.BytesIO()
-        np.savez(content, **{name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]})
+        columns: dict[str, Any] = {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
+        np.savez(content, **columns)
         write_atomically(Path(trainer.default_root_dir) / STRIP_FILE, content.getvalue())

@@ -424,7 +424,8 @@ class DVT(DynamicNetwork):
         first, *others = self.stages
         found, left = first(pixels)
         logits, exits, score = found, [found], exit_score(found, self.confidence[0])
-        executed, gates = torch.ones_like(score), {}
+        executed = torch.ones_like(score)
+        gates: dict[str, Gate] = {}
         # Which images of the batch pixels, found and left are of: all of them, but in skipped execution.
         rows = torch.arange(len(images), device=images.device)
         for index, stage in enumerate(others, start=1):
