@@ -130,8 +130,8 @@ def checked(count: int, folder: Path) -> Outcome:
 
 def _checked(count: int, folder: Path) -> Outcome:
     import torch
-    from benchmarks.promises.flops import pictures, subjects
 
+    from benchmarks.promises.flops import pictures, subjects
     from gatewatt.attacks import GradMDM
     from gatewatt.flops import price
     from gatewatt.gating import gate_table

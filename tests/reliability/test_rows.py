@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from benchmarks import reliability
 from benchmarks.promises.base import NotMeasured, Outcome
 from benchmarks.reliability import ROWS, function
@@ -52,7 +53,6 @@ def test_a_promise_holds_as_often_as_promised(row: int, tmp_path: Path) -> None:
 def test_a_card_is_compared_with_a_second_validation(digits: float, tmp_path: Path) -> None:
     """Row 13 on a copy of a shipped checkpoint, with its true card and with one that promises too much."""
     from benchmarks.promises.cards import copied, validated
-
     from gatewatt.networks.checkpoint import amend_card, card_of
     from gatewatt.shipped import find_checkpoint
 
@@ -67,9 +67,9 @@ def test_a_card_is_compared_with_a_second_measurement(tmp_path: Path) -> None:
     import json
 
     import torch
+
     from benchmarks.promises.base import finish
     from benchmarks.promises.cards import compared
-
     from gatewatt.networks import SkipNet
     from gatewatt.networks.checkpoint import amend_card, save
 
