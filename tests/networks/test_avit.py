@@ -100,6 +100,25 @@ def token_by_token(network: AViT, image: Tensor) -> tuple[Tensor, float, list[li
 # ---- what it costs ----
 
 
+def test_the_compact_variant_stands_behind_two_convolutions() -> None:
+    """By hand: 3x3 from 3 to 64 and 64 to 64 channels at 16x16, 2x2 patches of these, then 6 layers of dim 96 on 65 tokens."""
+    ledger = price(AViT("compact-32", 10), torch.zeros(1, 3, 32, 32))
+    layer = 65 * 12 * 96**2 + 2 * 65**2 * 96
+    assert ledger.dense == 9 * (3 + 64) * 64 * 16**2 + 64 * 4 * 64 * 96 + 6 * layer + 96 * 10
+    assert ledger.fixed == ledger.dense - 5 * layer
+
+
+def test_tokens_behind_convolutions_are_skipped_exactly() -> None:
+    torch.manual_seed(4)
+    network = AViT("small-32", 10, image_size=16, dim=12, depth=4, heads=3, stem=8, gate_scale=2.0).eval()
+    images = pictures(torch.tensor([0.0, 0.3, 1.0]))
+    network.gate_center.fill_(halting_center(network.signal(images), 2.0, 0.45))
+    ledger = price(network, images[:1])
+    for pattern in random_patterns(network, images, 8):
+        assert compare_routes(network, images, ledger, pattern).agree
+    torch.testing.assert_close(network(images).logits, network(images, "skipped").logits)
+
+
 @pytest.mark.parametrize(
     ("size", "dim", "total", "block", "stem"), [("tiny", 192, "1.2537", "102.05", "28.9"), ("small", 384, "4.5989", "378.39", "57.8")]
 )
@@ -445,9 +464,11 @@ def test_the_arguments_rebuild_the_network(network: AViT) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": "base"}, "size must be one of tiny, small, small-32, got 'base'"),
+        ({"size": "base"}, "size must be one of tiny, small, small-32, compact-32, got 'base'"),
         ({"depth": 1}, "depth at least 2"),
         ({"patch": 5}, "patch must divide image_size, got 5 and 32"),
+        ({"stem": 8, "patch": 1}, "patch even behind one that is not 0, got 8 and 1"),
+        ({"stem": -1}, "stem must be at least 0"),
         ({"heads": 5}, "heads must divide dim, got 5 and 192"),
         ({"dim": 0}, "must be at least 1"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),

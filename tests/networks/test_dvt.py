@@ -19,7 +19,7 @@ from gatewatt.networks.dvt import DVT, LAYOUTS, BackboneName, Handover, Resampli
 from gatewatt.networks.t2t import Performer, sinusoids
 
 TINY = {"dim": 16, "depth": 2, "heads": 2}
-SIZES: dict[str, int] = {"small-32": 32, "deit-s": 48, "t2t-12": 64}
+SIZES: dict[str, int] = {"small-32": 32, "deit-s": 48, "t2t-12": 64, "compact-32": 32}
 """Backbones and an image size at which their tiny variants have several patches in every stage."""
 
 
@@ -170,6 +170,18 @@ def test_the_small_variant_costs_three_skipnets_38() -> None:
     assert (ledger.fixed, *ledger.prices.values()) == (31_338_624, 76_975_896, 141_827_160)
 
 
+def test_the_compact_variant_is_a_cascade_behind_two_convolutions_a_stage() -> None:
+    """Each stage against the same transformer without its convolutions, plus these by hand: 3x3, 3 to 48 and 48 to 48 channels at 16x16."""
+    ledger = price(DVT("compact-32", 10), torch.zeros(1, 3, 32, 32))
+    without = price(DVT("small-32", 10, dim=96, depth=4, heads=2), torch.zeros(1, 3, 32, 32))
+    convolutions = 9 * (3 + 48) * 48 * 16**2
+    for (dense, plain), tokens, window in zip(
+        zip((ledger.fixed, *ledger.prices.values()), (without.fixed, *without.prices.values()), strict=True), (16, 36, 64), (8, 6, 4), strict=True
+    ):
+        embedding = 96 * tokens * (48 * (window // 2) ** 2 - 3 * window**2)
+        assert dense == plain + convolutions + embedding
+
+
 # ---- the routes agree ----
 
 
@@ -187,7 +199,7 @@ def test_four_routes_agree_on_100_random_patterns(images: Tensor, batch: int, co
     assert len(seen) >= 3
 
 
-@pytest.mark.parametrize("backbone", ["deit-s", "t2t-12"])
+@pytest.mark.parametrize("backbone", ["deit-s", "t2t-12", "compact-32"])
 def test_four_routes_agree_for_the_other_backbones(backbone: BackboneName) -> None:
     network, images = tiny(backbone, depth=1), sized(backbone)
     ledger = price(network, images[:1])
@@ -284,10 +296,11 @@ def written_out(network: DVT, backbone: str, images: Tensor) -> list[Tensor]:
     t2t, depth, heads = backbone.startswith("t2t"), TINY["depth"], TINY["heads"]
     windows = {
         "small-32": [(8, 8, 0), (6, 6, 2), (4, 4, 0)],
+        "compact-32": [(4, 4, 0), (3, 3, 1), (2, 2, 0)],  # of what two convolutions leave
         "deit-s": [(32, 32, 0), (23, 23, 3), (16, 16, 0)],
         "t2t-12": [(14, 8, 3), (11, 6, 5), (7, 4, 2)],
     }[backbone]
-    multiples = {"small-32": (0, 3, 4)}.get(backbone, (0, 2, 2))
+    multiples = {"small-32": (0, 3, 4), "compact-32": (0, 3, 4)}.get(backbone, (0, 2, 2))
     eps = 1e-5 if t2t else 1e-6
     mean, std = {32: ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])}.get(images.shape[-1], ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     pixels = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -304,7 +317,15 @@ def written_out(network: DVT, backbone: str, images: Tensor) -> list[Tensor]:
                 features = tokens.transpose(1, 2).reshape(len(images), -1, side, side)
             positions = sinusoids(side**2 + 1, TINY["dim"])
         else:
-            features = conv2d(pixels, state["embed.weight"], state["embed.bias"], stride, padding)
+            features, here = pixels, part(state, "embed")
+            if backbone == "compact-32":
+                for first, halving in ((0, 2), (3, 1)):
+                    norm = part(here, f"0.{first + 1}")
+                    features = conv2d(features, here[f"0.{first}.weight"], None, halving, 1)
+                    features = (features - norm["running_mean"].view(-1, 1, 1)) / (norm["running_var"] + 1e-5).sqrt().view(-1, 1, 1)
+                    features = (features * norm["weight"].view(-1, 1, 1) + norm["bias"].view(-1, 1, 1)).clamp_min(0)
+                here = part(here, "1")
+            features = conv2d(features, here["weight"], here["bias"], stride, padding)
             side, positions = features.shape[-1], state["positions.table"]
             if positions.shape[1] != side**2 + 1:
                 native = round(math.sqrt(positions.shape[1] - 1))
@@ -605,7 +626,7 @@ def test_the_arguments_rebuild_the_network() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "t2t-19"}, "backbone must be one of t2t-12, t2t-14, deit-s, small-32, got 't2t-19'"),
+        ({"backbone": "t2t-19"}, "backbone must be one of t2t-12, t2t-14, deit-s, small-32, compact-32, got 't2t-19'"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"confidence": [0.5]}, r"confidence must be two softmax probabilities in \(0, 1\), of exits 1 and 2, got \(0.5,\)"),
         ({"confidence": [0.5, 1.0]}, r"got \(0.5, 1.0\)"),

@@ -36,9 +36,9 @@ from gatewatt.gating import (
     start_halting,
 )
 from gatewatt.networks.layers import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, Normalize
-from gatewatt.networks.vit import attend, drop_paths, initialize_linear, positions_at, sequence
+from gatewatt.networks.vit import attend, drop_paths, early_convolutions, initialize_linear, positions_at, sequence
 
-Size = Literal["tiny", "small", "small-32"]
+Size = Literal["tiny", "small", "small-32", "compact-32"]
 
 
 class Shape(NamedTuple):
@@ -50,6 +50,7 @@ class Shape(NamedTuple):
     depth: int
     heads: int
     gate_center: float
+    stem: int = 0
 
 
 SIZES = {
@@ -57,6 +58,8 @@ SIZES = {
     "small": Shape(224, 16, 384, 12, 6, 75.0),
     # Not of the paper: 64 patches of 4x4 pixels, otherwise like tiny.
     "small-32": Shape(32, 4, 192, 12, 3, 30.0),
+    # Not of the paper: for the CPU, behind two convolutions.
+    "compact-32": Shape(32, 4, 96, 6, 3, 30.0, stem=64),
 }
 MLP_RATIO = 4
 NORM_EPS = 1e-6
@@ -226,7 +229,7 @@ class AViT(DynamicNetwork):
     It is a buffer of the network and travels with its weights.
 
     Args:
-        size: ``tiny`` and ``small`` for 224x224 (the paper's), ``small-32`` for 32x32. The next five arguments replace parts of it.
+        size: ``tiny`` and ``small`` for 224x224 (the paper's), ``small-32`` and ``compact-32`` for 32x32. The next six arguments replace parts of it.
         num_classes: classes K.
         image_size: side of the images that the positions are made for. Others of a multiple of ``patch`` are accepted; positions are then
             interpolated bilinearly.
@@ -234,6 +237,8 @@ class AViT(DynamicNetwork):
         dim: channels of a token.
         depth: layers L.
         heads: attention heads, a divisor of ``dim``.
+        stem: channels of two 3x3 convolutions in front of the patches (:func:`~gatewatt.networks.vit.early_convolutions`), which then halve
+            ``patch``; 0 for none, as in the paper.
         gate_scale: of channel 0 in the halting score (10 in the paper).
         gate_center: subtracted from the scaled channel 0 (30 for tiny, 75 for small in the paper).
         eps: a token halts at 1 - eps.
@@ -261,6 +266,7 @@ class AViT(DynamicNetwork):
         dim: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
+        stem: int | None = None,
         gate_scale: float = 10.0,
         gate_center: float | None = None,
         eps: float = 0.01,
@@ -269,7 +275,15 @@ class AViT(DynamicNetwork):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-        given: dict[str, Any] = {"image_size": image_size, "patch": patch, "dim": dim, "depth": depth, "heads": heads, "gate_center": gate_center}
+        given: dict[str, Any] = {
+            "image_size": image_size,
+            "patch": patch,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "stem": stem,
+            "gate_center": gate_center,
+        }
         self.arguments = {"size": size, "num_classes": num_classes, **given, "gate_scale": gate_scale, "eps": eps, "drop_path": drop_path}
         shape = SIZES[size]._replace(**{name: value for name, value in given.items() if value is not None})
         check_shape(shape, num_classes, gate_scale, eps)
@@ -277,7 +291,10 @@ class AViT(DynamicNetwork):
         self.gate_scale, self.eps = gate_scale, eps
         self.decision = decision_named("hard")
         self.normalize = Normalize(CIFAR_MEAN, CIFAR_STD) if shape.image_size <= 64 else Normalize(IMAGENET_MEAN, IMAGENET_STD)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, shape.dim, shape.patch, shape.patch)})
+        # DeiT's name for the projection; without a stem there is nothing else in it.
+        self.patch_embed = nn.ModuleDict({"stem": early_convolutions(shape.stem)} if shape.stem else {})
+        window = shape.patch // 2 if shape.stem else shape.patch
+        self.patch_embed["proj"] = nn.Conv2d(shape.stem or 3, shape.dim, window, window)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2 + 1, shape.dim))
         self.blocks = nn.ModuleList([Layer(shape.dim, shape.heads, drop) for drop in drop_paths(drop_path, shape.depth)])
@@ -338,7 +355,9 @@ class AViT(DynamicNetwork):
         """Class token and patches with their positions, (B, N, d)."""
         if images.shape[2] % self.patch or images.shape[3] % self.patch:
             raise ValueError(f"height and width must be multiples of the patch size {self.patch}, got {tuple(images.shape[2:])}")
-        patches = self.patch_embed["proj"](self.normalize(images))
+        patches = self.normalize(images)
+        for module in self.patch_embed.values():
+            patches = module(patches)
         positions = positions_at((int(patches.shape[2]), int(patches.shape[3])), self.pos_embed, (self.side, self.side))
         return sequence(patches, self.cls_token, positions)
 
@@ -412,6 +431,8 @@ def check_shape(shape: Shape, num_classes: int, gate_scale: float, eps: float) -
         raise ValueError(f"image_size, patch, dim and heads must be at least 1 and depth at least 2, got {tuple(shape[:5])}")
     if shape.image_size % shape.patch:
         raise ValueError(f"patch must divide image_size, got {shape.patch} and {shape.image_size}")
+    if shape.stem < 0 or (shape.stem and shape.patch % 2):
+        raise ValueError(f"stem must be at least 0, and patch even behind one that is not 0, got {shape.stem} and {shape.patch}")
     if shape.dim % shape.heads:
         raise ValueError(f"heads must divide dim, got {shape.heads} and {shape.dim}")
     if num_classes < 2:

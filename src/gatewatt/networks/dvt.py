@@ -25,9 +25,9 @@ from torchvision.ops import StochasticDepth
 from gatewatt.gating import Charge, DynamicNetwork, DynamicOutput, Execution, Gate, check_execution, exit_score, hard
 from gatewatt.networks.layers import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, Normalize
 from gatewatt.networks.t2t import T2T_WINDOW, SinusoidalPositions, TokensToToken, Window, cut
-from gatewatt.networks.vit import Grid, attend, drop_paths, initialize_linear, positions_at, sequence
+from gatewatt.networks.vit import Grid, attend, drop_paths, early_convolutions, initialize_linear, positions_at, sequence
 
-BackboneName = Literal["t2t-12", "t2t-14", "deit-s", "small-32"]
+BackboneName = Literal["t2t-12", "t2t-14", "deit-s", "small-32", "compact-32"]
 CONTEXT_HIDDEN, CONTEXT = 128, 48  # feature reuse: channels of its hidden layer, and channels that each MLP gets
 RELATION_EXPANSION = 3  # relation reuse: hidden maps per attention map
 
@@ -45,6 +45,7 @@ class Layout:
         multiples: how much finer the patches of stages 1 and 2 are repeated before they are averaged into those of the stage that follows.
         size: side of the images that the positions are made for; others work too.
         t2t: a T2T front, sinusoidal positions and no bias in the attention; otherwise one convolution, learned positions and a bias.
+        stem: channels of two 3x3 convolutions in front of that one, which then cuts half as wide; 0 for none.
     """
 
     dim: int
@@ -55,6 +56,7 @@ class Layout:
     multiples: tuple[int, int]
     size: int
     t2t: bool
+    stem: int = 0
 
     @property
     def eps(self) -> float:
@@ -75,6 +77,8 @@ LAYOUTS: dict[str, Layout] = {
     "deit-s": Layout(384, 12, 6, 4, ((32, 32, 0), (23, 23, 3), (16, 16, 0)), (2, 2), 224, t2t=False),
     # No original: for 32x32 images, 4x4, 6x6 and 8x8 patches; repeated to 12x12 and 24x24, their common multiples.
     "small-32": Layout(192, 6, 3, 2, ((8, 8, 0), (6, 6, 2), (4, 4, 0)), (3, 4), 32, t2t=False),
+    # The same for the CPU: half the width, less depth, and two convolutions in front of every stage.
+    "compact-32": Layout(96, 4, 2, 2, ((8, 8, 0), (6, 6, 2), (4, 4, 0)), (3, 4), 32, t2t=False, stem=48),
 }
 
 
@@ -97,6 +101,15 @@ class LearnedPositions(nn.Module):
     def forward(self, grid: Grid) -> Tensor:
         """(1, 1 + rows x columns, dim)."""
         return positions_at(grid, self.table, self.grid)
+
+
+def patch_embedding(layout: Layout, window: Window) -> nn.Module:
+    """From standardised pixels (B, 3, H, W) to patches (B, dim, rows, columns)."""
+    if layout.t2t:
+        return TokensToToken(layout.dim, window)
+    if not layout.stem:
+        return nn.Conv2d(3, layout.dim, *window)
+    return nn.Sequential(early_convolutions(layout.stem), nn.Conv2d(layout.stem, layout.dim, *(each // 2 for each in window)))
 
 
 # ---- from one stage to the next ----
@@ -285,9 +298,8 @@ class Stage(nn.Module):
 
     def __init__(self, layout: Layout, index: int, num_classes: int, *, feature_reuse: bool, relation_reuse: bool, drop_path: float) -> None:
         super().__init__()
-        kernel, stride, padding = window = layout.windows[index]
         grid = layout.grid(index, layout.size, layout.size)
-        self.embed = TokensToToken(layout.dim, window) if layout.t2t else nn.Conv2d(3, layout.dim, kernel, stride, padding)
+        self.embed = patch_embedding(layout, layout.windows[index])
         self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, layout.dim), std=0.02))
         self.positions = SinusoidalPositions(grid, layout.dim) if layout.t2t else LearnedPositions(grid, layout.dim)
         self.blocks = nn.ModuleList([Block(layout, feature_reuse and index > 0, drop) for drop in drop_paths(drop_path, layout.depth)])
@@ -326,7 +338,7 @@ class Stage(nn.Module):
 
 
 class DVT(DynamicNetwork):
-    """A cascade of three vision transformers with 7x7, 10x10 and 14x14 patches (``small-32``: 4x4, 6x6 and 8x8).
+    """A cascade of three vision transformers with 7x7, 10x10 and 14x14 patches; for 32x32 images with 4x4, 6x6 and 8x8.
 
     Gates ``exit1`` and ``exit2``, one unit each, are charged with stages 2 and 3. An image stops at the first exit whose confidence, the
     largest softmax probability, exceeds that exit's T_k (at T_k exactly it goes on), else at the third, and gets that exit's logits.
@@ -337,7 +349,7 @@ class DVT(DynamicNetwork):
     a doubt, it resolves a T_k that float32 would round to 1.
 
     Args:
-        backbone: ``t2t-12``, ``t2t-14`` or ``deit-s``, made for 224x224 images, or ``small-32`` for 32x32 ones.
+        backbone: ``t2t-12``, ``t2t-14`` or ``deit-s``, made for 224x224 images, or ``small-32`` or ``compact-32`` for 32x32 ones.
         num_classes: classes K.
         confidence: T_1 and T_2 in (0, 1) until they are calibrated.
         dim: channels of a token; the default is the backbone's, as for the next two.

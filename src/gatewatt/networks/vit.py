@@ -55,6 +55,17 @@ def positions_at(grid: Grid, table: Tensor, kept: Grid) -> Tensor:
     return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
+def early_convolutions(channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions in front of the patches, the first with stride 2: (B, 3, H, W) -> (B, channels, H / 2, W / 2).
+
+    Vision transformers learn faster behind a few convolutions (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
+    """
+    layers: list[nn.Module] = []
+    for inputs, stride in ((3, 2), (channels, 1)):
+        layers += [nn.Conv2d(inputs, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 def drop_paths(last: float, depth: int) -> list[StochasticDepth]:
     """Stochastic depth of each of ``depth`` blocks: in training an image misses a branch with a probability that rises linearly from 0 to ``last``.
 
