@@ -106,7 +106,7 @@ def test_every_schedule_has_a_short_variant_and_keeps_its_loss(name: str) -> Non
     assert (optimization.schedule, optimization.lr) == ("one_cycle", own["model"]["init_args"]["optimization"]["init_args"]["lr"])
 
 
-ORIGINALS = {"skipnet-38-cifar10-original", "skipnet-38-cifar10-hrl", "sact-32-cifar10-original", "manidp-56-cifar10-original"}
+ORIGINALS = {"skipnet-38-cifar10-original", "skipnet-38-cifar10-hrl-original", "sact-32-cifar10-original", "manidp-56-cifar10-original"}
 ORIGINALS |= {"shallow-deep-resnet-56-cifar10-original", "skipnet-101-imagenet", "skipnet-101-imagenet-hrl", "sact-101-imagenet"}
 ORIGINALS |= {"manidp-18-imagenet", "dvt-t2t-12-imagenet", "avit-tiny-imagenet"}
 """Of every family, what its authors published."""
