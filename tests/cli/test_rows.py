@@ -101,6 +101,16 @@ def test_a_comment_or_a_label_does_not_change_the_key(old: str, new: str) -> Non
     assert key(TABLE.replace(old, new)) == key()
 
 
+def test_subsets_have_no_image_in_common_whatever_number_is_asked_for() -> None:
+    Path("t.yaml").write_text(TABLE.replace("gamma: 3}", "gamma: 3}\n    subsets: true"))
+    table = read_table("t.yaml")
+    # Of digits there are 400 test images.
+    for images, each in ((None, 30), (10, 10), (150, 150), (1000, 200)):
+        a, b = (compose(table, row, None, Options(images=images)).settings["data"]["init_args"] for row in table.rows)
+        assert (a["test_images"], a.get("test_offset", 0)) == (each, 0)
+        assert (b["test_images"], b["test_offset"]) == (each, each)
+
+
 @pytest.mark.parametrize("name", ["weights", "source"])
 def test_one_byte_of_a_checkpoint_changes_the_key_and_its_place_does_not(name: str) -> None:
     before = key()

@@ -36,7 +36,9 @@ def test_a_second_call_runs_nothing_and_writes_the_same_bytes(fake: Trainer, cap
     assert fake.gammas == [0.1, 1, 10]
     captured = capsys.readouterr()
     assert captured.out.splitlines() == ["one/t.md", "one/t.csv"]
-    assert captured.err.splitlines()[0].startswith("gatewatt: t: swept, gamma 0.1 (run 1 of 3, results/")
+    first, second = captured.err.splitlines()[:2]
+    assert first == "gatewatt: t: elsewhere: left out, no checkpoint nowhere-at-all"
+    assert second.startswith("gatewatt: t: swept, gamma 0.1 (run 1 of 3, results/")
     assert report("t.yaml", "-o", "two") == 0
     assert fake.gammas == [0.1, 1, 10]
     assert {name: Path("one", name).read_bytes() for name in ("t.md", "t.csv")} == {
@@ -119,6 +121,47 @@ def test_a_folder_of_tables_is_a_page_of_what_has_been_measured(fake: Trainer) -
     assert len(fake.gammas) == 3
 
 
+def test_a_dry_run_lists_and_counts_what_a_report_would_run_and_runs_nothing(fake: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("u.yaml").write_text(TABLE.replace("[0.1, 1]", "[1, 0.01]").replace("label: swept", "label: other"))
+    assert report("t.yaml") == 0
+    capsys.readouterr()
+    assert report("t.yaml", "u.yaml", "--dry-run") == 0
+    captured = capsys.readouterr()
+    assert fake.gammas == [0.1, 1, 10]
+    assert captured.err == ""
+    head, *rows = captured.out.splitlines()
+    # Both tables want gamma 1 and Eq. 5; of u, gamma 0.01 alone is new: 20 images times 10 steps.
+    assert head == "t: 3 runs, 3 recorded, 0 to run (0 image-steps), 2 needed by other tables too"
+    assert [row.split("  ", 3)[1] for row in rows[:3]] == ["recorded"] * 3
+    assert rows[3] == "u: 3 runs, 2 recorded, 1 to run (200 image-steps), 2 needed by other tables too"
+    assert rows[5].startswith("  to run    ")
+    assert rows[5].endswith("  other, gamma 0.01, 20 images x 10 steps")
+    assert rows[7:] == [
+        "t: elsewhere: left out, no checkpoint nowhere-at-all",
+        "u: elsewhere: left out, no checkpoint nowhere-at-all",
+        "all: 4 runs, 3 recorded, 1 to run (200 image-steps)",
+    ]
+    assert report("u.yaml") == 0
+    assert fake.gammas == [0.1, 1, 10, 0.01]
+
+
+def test_a_row_on_both_subsets_shares_its_records_on_a_with_an_ordinary_row(fake: Trainer) -> None:
+    assert report("t.yaml") == 0
+    Path("u.yaml").write_text(TABLE.replace("label: swept", "label: swept\n    subsets: true"))
+    assert report("u.yaml") == 0
+    assert fake.gammas == [0.1, 1, 10, 0.1, 1]
+    offsets = {}
+    for line in lines("report/u.csv")[:4]:
+        identity = json.loads((Path("results") / line["key"] / "key.json").read_text())
+        offsets[line["label"]] = identity["recipe"]["data"]["init_args"].get("test_offset")
+    assert offsets == {
+        "swept, subset A, gamma 0.1": None,
+        "swept, subset A, gamma 1": None,
+        "swept, subset B, gamma 0.1": 20,
+        "swept, subset B, gamma 1": 20,
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
@@ -131,6 +174,7 @@ def test_a_folder_of_tables_is_a_page_of_what_has_been_measured(fake: Trainer) -
         (TABLE.replace("label: swept", "label: Eq. 5"), [], "label: 'Eq. 5' is the label of two rows"),
         (TABLE.replace("dataset: ImageNet", "network: SkipNet"), [], "paper: needs dataset"),
         (TABLE.replace("attack/eq5", "attack/eq55"), [], "no recipe 'attack/eq55'"),
+        (TABLE.replace("label: swept", "label: swept\n    subsets: both"), [], "subsets: must be true or false, got 'both'"),
         (TABLE.replace("[0.1, 1]", "3"), [], "sweep: must be one field with a list of values"),
         (TABLE.replace("sweep: {model", "fields: {data.name.x: 1}, sweep: {model"), [], "t.yaml:10: not valid YAML"),
         (TABLE, ["--steps", "0"], "--steps: must be a whole number of 1 or more, got 0"),
@@ -148,13 +192,14 @@ def test_mistakes_are_one_line(text: str, arguments: list[str], message: str, ca
     err = capsys.readouterr().err.splitlines()
     assert message in err[-1]
     assert err[-1].startswith("gatewatt: error: ")
-    assert [line for line in err[:-1] if not line.startswith("gatewatt: t: swept")] == []
+    assert [line for line in err[:-1] if not line.startswith(("gatewatt: t: swept", "gatewatt: t: elsewhere: left out, "))] == []
     assert not Path("report").exists()
 
 
 def test_options_of_tables_are_refused_for_run_folders(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "runs", "--steps", "3"]) == 2
-    assert capsys.readouterr().err == "gatewatt: error: --steps is for table recipes; runs is none\n"
+    for option, *value in (["--steps", "3"], ["--dry-run"]):
+        assert main(["report", "runs", option, *value]) == 2
+        assert capsys.readouterr().err == f"gatewatt: error: {option} is for table recipes; runs is none\n"
     assert main(["report", "tables/table99"]) == 2
     assert "no recipe 'tables/table99'" in capsys.readouterr().err
 
@@ -171,6 +216,7 @@ common: {checkpoint: dvt-small-digits, recipes: [attack/gradmdm], fields: {train
 rows:
   - {label: one, fields: {model.attack.gamma: 1}}
   - {label: other, fields: {model.attack.gamma: 100}}
+  - {label: halves, subsets: true, fields: {model.attack.gamma: 1}}
 """
 
 
@@ -182,7 +228,14 @@ def test_a_small_table_from_nothing_to_pictures(capsys: pytest.CaptureFixture[st
     assert [(line["label"], line["status"], line["images"], line["dataset"]) for line in measured] == [
         ("one", "measured", "6", "digits"),
         ("other", "measured", "6", "digits"),
+        ("halves, subset A", "measured", "6", "digits"),
+        ("halves, subset B", "measured", "6", "digits"),
     ]
+    on_a, other, on_a_again, on_b = ({row["id"] for row in lines(f"results/{line['key']}/records.csv")} for line in measured)
+    assert on_a == other == on_a_again
+    assert len(on_b) == 6
+    assert not on_a & on_b
+    assert measured[0]["key"] == measured[2]["key"]
     assert float(measured[0]["mse_levels2"]) > 0
     assert {file.name for file in Path("results").rglob("*.npz")} == {"strip.npz"}
     # The second row ran after another network in this process; alone, as a test run of its own, it gives the same records to the last bit.

@@ -118,6 +118,7 @@ def test_digits_are_never_flipped() -> None:
         ("val_images", -1, "must be at least 0, got -1"),
         ("val_subset", 0, "must be at least 1, got 0; leave it out for the whole set"),
         ("test_images", 0, "must be at least 1, got 0; leave it out for the whole set"),
+        ("test_offset", -1, "must be at least 0, got -1"),
         ("crop_padding", -2, "must be at least 0"),
     ],
 )

@@ -23,7 +23,16 @@ class Tiny(ImageData):
 
     augmentation = Augmentation(crop_padding=1)
 
-    def __init__(self, *, seed: int = 0, workers: int = 0, val_images: int = 5, test_images: int | None = None, batch_size: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        workers: int = 0,
+        val_images: int = 5,
+        test_images: int | None = None,
+        test_offset: int = 0,
+        batch_size: int = 4,
+    ) -> None:
         super().__init__(
             name="tiny",
             size=4,
@@ -35,6 +44,7 @@ class Tiny(ImageData):
             val_images=val_images,
             val_subset=None,
             test_images=test_images,
+            test_offset=test_offset,
         )
 
     @property
@@ -180,6 +190,18 @@ def test_a_subset_is_fixed_and_the_beginning_of_a_larger_one() -> None:
     assert sorted(ids(7)) == list(range(7))
     with pytest.raises(ValueError, match="a subset of 8 images was asked for, there are 7; ask for at most 7"):
         ids(8)
+
+
+def test_subsets_behind_one_another_share_no_image_and_continue_the_larger_one() -> None:
+    def ids(count: int | None, offset: int) -> list[int]:
+        return torch.cat([batch.ids for batch in Tiny(test_images=count, test_offset=offset).test_dataloader()]).tolist()
+
+    assert ids(3, 0) + ids(3, 3) == ids(6, 0)
+    assert ids(None, 3) == ids(7, 0)[3:]
+    with pytest.raises(ValueError, match="a subset of 4 images behind the first 4 was asked for, there are 3; ask for at most 3"):
+        ids(4, 4)
+    with pytest.raises(ValueError, match="a subset of all images behind the first 7 was asked for, there are 0"):
+        ids(None, 7)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -9,7 +9,7 @@ import pytest
 from tests.reports.runs import SLOPE, write_run, write_sweep
 
 from gatewatt.reports import collect, match, panels
-from gatewatt.reports.matched import _round_values
+from gatewatt.reports.matched import round_values
 from gatewatt.reports.tables import orderings_text
 
 
@@ -148,12 +148,12 @@ def test_identical_runs_tie(tmp_path):
         (4, 50, (5.0, 10.0, 20.0, 50.0)),
     ],
 )
-def test_round_values_lie_inside_the_range(low, high, expected):
-    assert _round_values(low, high) == expected
+def testround_values_lie_inside_the_range(low, high, expected):
+    assert round_values(low, high) == expected
 
 
 def test_a_narrow_range_is_divided_evenly():
-    values = _round_values(4.0, 6.0)
+    values = round_values(4.0, 6.0)
     assert len(values) == 5
     assert 4 < values[0] < values[-1] < 6
     assert np.diff(np.log(values)) == pytest.approx(np.full(4, np.diff(np.log(values))[0]))

@@ -12,9 +12,10 @@ from tests.reports.runs import DENSE, write_run
 
 from gatewatt.metrics.estimates import bootstrap_interval
 from gatewatt.reports import load_run
-from gatewatt.reports.measures import CONSTANT, MEASURES, measure, measured_text
-from gatewatt.reports.paper import NO_FIGURES, UNITS, Line, render_table
+from gatewatt.reports.measures import CONSTANT, MEASURES, STANDARD_DEVIATIONS, measure, measured_text
+from gatewatt.reports.paper import HALVES, NO_FIGURES, UNITS, Line, render_table
 from gatewatt.reports.recipe import TableRecipe, read_table
+from gatewatt.reports.subsets import Pair, choose
 from gatewatt.reports.tables import figures_of
 
 TABLE = """\
@@ -74,7 +75,79 @@ def test_figures_and_intervals_follow_from_the_records(tmp_path: Path) -> None:
     assert found["seconds_per_image"].value == pytest.approx(4.0 / 200)
     assert found["flops_dense"].value == DENSE
     assert all(math.isnan(found[key].low) for key in CONSTANT)
-    assert all(found[key].low <= found[key].value <= found[key].high for key in MEASURES if key not in CONSTANT)
+    # Digits have no known deviations.
+    assert math.isnan(found["mse_standardised"].value)
+    assert all(found[key].low <= found[key].value <= found[key].high for key in MEASURES if key not in (*CONSTANT, "mse_standardised"))
+
+
+def test_a_standardised_mse_is_that_of_standardised_pixels(tmp_path: Path) -> None:
+    from gatewatt.networks.layers import CIFAR_STD, IMAGENET_STD
+
+    assert set(STANDARD_DEVIATIONS.values()) == {CIFAR_STD, IMAGENET_STD}
+    run = load_run(write_run(tmp_path / "run", dataset="imagenet", mse=365.0))
+    # An error of the same size in every channel, in levels: divided by 255 and by a channel's deviation before it is squared.
+    levels = math.sqrt(365)
+    expected = np.mean([(levels / 255 / one) ** 2 for one in IMAGENET_STD])
+    found = measure(run, ["mse_standardised"])["mse_standardised"]
+    assert found.value == pytest.approx(expected)
+    assert found.value == pytest.approx(0.11, abs=5e-4)
+    assert found.low <= found.value <= found.high
+    digits = load_run(write_run(tmp_path / "digits"))
+    assert measured_text("mse_standardised", measure(digits, ["mse_standardised"])["mse_standardised"]) == "undefined"
+
+
+def halves_of(folder: Path) -> tuple[TableRecipe, list[Line]]:
+    """Two methods on both subsets; on B everything recovers 5 points less than on A."""
+    table = table_of(folder, text=TABLE.replace("common: {", "common: {subsets: true, ").replace("  - {label: third}\n", ""))
+    lines = []
+    for row in table.rows:
+        for gamma in row.points:
+            assert gamma is not None
+            label = f"{row.label}, gamma {gamma:g}"
+            method, other = ("Eq5", 0.0) if row.method == "first" else ("GradMDM", 5.0)
+            ids = np.arange(200) + 200 * (row.subset == "B")
+            offset = 20.0 + other - 5.0 * (row.subset == "B")
+            run = write_run(folder / label, method=method, gamma=gamma, offset=offset, ids=ids, clean_seed=int(row.subset == "B"))
+            lines.append(Line(label, row, gamma, "key", load_run(run, label)))
+    return table, lines
+
+
+def test_what_is_chosen_on_a_keeps_to_the_mse_and_is_reported_on_b(tmp_path: Path) -> None:
+    table, lines = halves_of(tmp_path)
+    text = render_table(table, lines, tmp_path / "out", figures=False).markdown
+    assert f"- {HALVES}\n" in text
+    # Each subset is compared within itself.
+    assert [text.count(f"n = 200, seed 0, subset {subset}\n") for subset in "AB"] == [2, 2]
+    assert "different images" not in text
+    assert text.count("| second > first | holds (+5.0) |") == 4
+    section = text.partition("### Chosen on subset A")[2].partition("###")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+    header, found = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    assert header == ["MSE allowed", "method", "chosen on A", "recovery % on A", "recovery % on B", "MSE on A", "MSE on B"]
+    assert len(found) >= 8
+    for row in found:
+        # MSE 30, 3 and 0.3 belong to gamma 0.1, 1 and 10; the largest allowed recovers most.
+        gamma, mse = next((gamma, mse) for gamma, mse in (("0.1", 30.0), ("1", 3.0), ("10", 0.3)) if mse <= float(row["MSE allowed"]))
+        assert row["chosen on A"] == f"gamma {gamma}"
+        assert float(row["MSE on A"].split()[0]) == pytest.approx(mse, rel=0.01)
+        on_a, on_b = (float(row[f"recovery % on {subset}"].split()[0]) for subset in "AB")
+        assert on_a - on_b == pytest.approx(5.0, abs=0.11)
+
+
+def test_the_choice_does_not_look_at_subset_b(tmp_path: Path) -> None:
+    runs = {
+        (gamma, subset): load_run(write_run(tmp_path / f"{gamma}{subset}", gamma=gamma, mse=1.0, offset=offset))
+        for gamma, subset, offset in ((0.1, "A", 30.0), (1.0, "A", 20.0), (0.1, "B", 5.0), (1.0, "B", 90.0))
+    }
+    (choice,) = choose({"only": [Pair(runs[gamma, "A"], runs[gamma, "B"]) for gamma in (0.1, 1.0)]})
+    assert choice.pair.chosen_on.attack.strength == (("gamma", 0.1),)
+    assert choice.allowed == pytest.approx(1.0)
+
+
+def test_a_run_that_is_missing_on_one_subset_takes_no_part_in_the_choice(tmp_path: Path) -> None:
+    table, lines = halves_of(tmp_path)
+    text = render_table(table, [line for line in lines if line.row.subset == "A"], tmp_path / "out", figures=False).markdown
+    assert "Chosen on subset A" not in text
 
 
 def test_what_is_undefined_is_said_so(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ HELP = {
         "  --data.root FOLDER CIFAR-10; NAME=FOLDER for another data set, such as imagenet=FOLDER\n"
         "  --images N         test images of every run; --steps N: of the attacks; --seed N\n"
         "  --KEY VALUE        a field of every run, such as --trainer.precision bf16-mixed\n"
-        "  --results FOLDER   where runs are kept and looked up by their key (default: results); --no-run: render only\n",
+        "  --results FOLDER   where runs are kept and looked up by their key (default: results); --no-run: render only\n"
+        "  --dry-run          list what would be run, what has records and what is left out; runs and writes nothing\n",
     ),
     "completion": Help(
         "print a script that completes commands in a shell",

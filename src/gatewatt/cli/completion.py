@@ -34,7 +34,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "price": ("--checkpoint", "--size"),
     "audit": ("--checkpoint", "--images", "--patterns", "--size", "--seed"),
     "doctor": ("--checkpoint", "--source", "--images", "--steps", "--norm", "--eps", "--batch", "--seed", "--device", "--run", "--data.root"),
-    "report": ("-o", "--title", "--formats", "--no-figures", "--images", "--steps", "--seed", "--results", "--no-run", "--data.root"),
+    "report": ("-o", "--title", "--formats", "--no-figures", "--images", "--steps", "--seed", "--results", "--no-run", "--dry-run", "--data.root"),
 }
 """Verb -> flags offered; ``-c`` and ``--help`` come on top. The full list of fields is --help-all's."""
 
@@ -112,7 +112,7 @@ def fish(verbs: Mapping[str, str]) -> str:
             elif flag in VALUES:
                 lines.append(f"{seen} {name} -x -a {quoted(VALUES[flag])}")
             else:
-                lines.append(f"{seen} {name}" + ("" if flag in ("--print_config", "--help-all", "--no-figures", "--no-run") else " -r"))
+                lines.append(f"{seen} {name}" + ("" if flag in ("--print_config", "--help-all", "--no-figures", "--no-run", "--dry-run") else " -r"))
     lines.append(f"complete -c gatewatt -n '__fish_seen_subcommand_from completion' -a {quoted(' '.join(SHELLS))}")
     return "\n".join(lines) + "\n"
 

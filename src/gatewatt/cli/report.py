@@ -13,7 +13,7 @@ from gatewatt.shipped import find_recipe, shipped_folder
 
 TABLES = "tables"
 """Folder of the shipped recipes that holds tables."""
-TABLE_OPTIONS = ("images", "steps", "seed", "results", "no_run")
+TABLE_OPTIONS = ("images", "steps", "seed", "results", "no_run", "dry_run")
 
 
 def render(arguments: Sequence[str]) -> int:
@@ -30,6 +30,7 @@ def render(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--results")
     parser.add_argument("--no-run", action="store_true", default=None)
+    parser.add_argument("--dry-run", action="store_true", default=None)
     options, unknown = parser.parse_known_args(rest)
     if unknown:
         raise UsageError(f"report has no option {unknown[0]}; see {PROGRAM} report --help")
@@ -44,16 +45,21 @@ def render(arguments: Sequence[str]) -> int:
 
         written = report(options.paths, options.out, title=options.title, figures=not options.no_figures, formats=options.formats.split(","))
     else:
-        for path, files in zip(options.paths, tables, strict=True):
-            if not files:
+        for path, found in zip(options.paths, tables, strict=True):
+            if not found:
                 raise UsageError(f"{path} is no table recipe, others are; report tables and run folders one after the other")
-        from gatewatt.cli.tables import report_tables
+        from gatewatt.cli.tables import dry_run, report_tables
 
+        files = list(dict.fromkeys(file for found in tables for file in found))
+        changed, results = row_options(options, fields), Path(options.results or "results")
+        if options.dry_run:
+            print(dry_run(files, changed, results=results))
+            return 0
         written = report_tables(
-            list(dict.fromkeys(file for files in tables for file in files)),
+            files,
             Path(options.out),
-            row_options(options, fields),
-            results=Path(options.results or "results"),
+            changed,
+            results=results,
             # A folder asks for one page of what has been measured; what has not may take hours.
             measuring=not options.no_run and all(table_folder(path) is None for path in options.paths),
             title=options.title,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from gatewatt.recipes import Recipe, load_recipes
 from gatewatt.reports.collect import ReportError
-from gatewatt.reports.recipe import SWEPT_STEPS, Row, TableRecipe
+from gatewatt.reports.recipe import SUBSETS, SWEPT_STEPS, Row, TableRecipe
 from gatewatt.shipped import PACKAGE, find_checkpoint, shipped
 
 MEASURING = ("gating", "networks", "flops", "attacks", "defenses", "metrics", "data", "tasks")
@@ -157,9 +157,12 @@ def compose(table: TableRecipe, row: Row, point: float | None, options: Options,
         merge(settings, "model.source", network_of(card_beside(checkpoint_file(row.source))))
         merge(settings, "model.source_checkpoint", row.source)
     wanted = options.images or table.images
-    images = wanted if data.at_most is None else min(wanted, data.at_most)
+    images = wanted if data.at_most is None else min(wanted, data.at_most // (len(SUBSETS) if row.subset else 1))
     fields: dict[str, Any] = {"seed_everything": options.seed, "data.seed": options.seed, **data.fields, **row.fields}
     fields["data.test_images"] = min(table.strip, images) if strip else images
+    # Subset A is the images that a row without subsets has: it is given no offset, so that the two share their records.
+    if row.subset and (offset := SUBSETS.index(row.subset) * images):
+        fields["data.test_offset"] = offset
     times = row.times_steps
     if row.sweep is not None and point is not None:
         if row.sweep[0] == SWEPT_STEPS:

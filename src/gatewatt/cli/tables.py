@@ -2,7 +2,7 @@
 
 Every run is an ordinary ``gatewatt test``, in this process and into a folder of its own, ``results/<key>``. ``key.json`` is written into it last:
 a folder without one is what an interruption left, and the run is made again. So the same command starts a table, goes on with it, and renders
-it when all is there; rows that two tables share are run once.
+it when all is there; rows that two tables share are run once, and rows whose checkpoint or data is not there are left out and named.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import gc
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,10 +86,10 @@ def report_tables(
         ReportError: for a table recipe or a row that is wrong, in one line; of what was measured nothing is lost.
     """
     # All of them before the first run: a slip in the last table should not come out after hours.
-    asked = {table.name: (table, list(lines_of(table, options))) for table in map(read_table, files)}
-    if len(asked) < len(files):
-        raise ReportError(f"two table recipes have the same file name among {', '.join(map(str, files))}; their files would overwrite each other")
+    asked = ask(files, options)
     if measuring:
+        for line in left_out(asked):
+            print(f"gatewatt: {line}", file=sys.stderr, flush=True)
         needed = {run.key: (table, one, run) for table, lines in asked.values() for one in lines for run in one.runs}
         missing = {key: entry for key, entry in needed.items() if not complete(results / key)}
         for number, (table, one, planned) in enumerate(missing.values(), 1):
@@ -103,6 +104,60 @@ def report_tables(
     else:
         page = write_text(out / "RESULTS.md", render_page(title, sections))
     return [page, *(file for section in sections for file in section.files)]
+
+
+def ask(files: Sequence[Path], options: Options) -> dict[str, tuple[TableRecipe, list[Asked]]]:
+    """Every table by its name, with its lines; errors as for :func:`report_tables`."""
+    asked = {table.name: (table, list(lines_of(table, options))) for table in map(read_table, files)}
+    if len(asked) < len(files):
+        raise ReportError(f"two table recipes have the same file name among {', '.join(map(str, files))}; their files would overwrite each other")
+    return asked
+
+
+def left_out(asked: Mapping[str, tuple[TableRecipe, Sequence[Asked]]]) -> list[str]:
+    """One line for every row that cannot be run, and why."""
+    missing = [(name, one.line) for name, (_, lines) in asked.items() for one in lines if not one.runs]
+    # The points of a sweep have one reason.
+    return list(dict.fromkeys(f"{name}: {line.row.label}: left out, {line.reason}" for name, line in missing))
+
+
+def dry_run(files: Sequence[Path], options: Options, *, results: Path) -> str:
+    """What :func:`report_tables` would run, as text: per table every run, how many others need too, and what has records already.
+
+    Work is counted in image-steps, test images times iterations of the attack, since a run's time is in proportion to it.
+    """
+    asked = ask(files, options)
+    needed = {name: {run.key: run for one in lines for run in one.runs} for name, (_, lines) in asked.items()}
+    wanted = Counter(key for runs in needed.values() for key in runs)
+    text = []
+    for name, runs in needed.items():
+        shared = sum(wanted[key] > 1 for key in runs)
+        text.append(f"{name}: {tally(runs.values(), results)}" + f", {shared} needed by other tables too" * (len(needed) > 1))
+        text += [f"  {'recorded' if complete(results / key) else 'to run  '}  {key}  {run.label}, {size_of(run)}" for key, run in runs.items()]
+    text += left_out(asked)
+    if len(needed) > 1:
+        text.append(f"all: {tally({key: run for runs in needed.values() for key, run in runs.items()}.values(), results)}")
+    return "\n".join(text)
+
+
+def tally(runs: Iterable[Planned], results: Path) -> str:
+    """How many runs there are, how many have records, and the work that is left."""
+    runs = list(runs)
+    missing = [run for run in runs if not complete(results / run.key)]
+    steps = sum(images * (steps or 1) for images, steps in map(work_of, missing))
+    return f"{len(runs)} runs, {len(runs) - len(missing)} recorded, {len(missing)} to run ({steps:,} image-steps)"
+
+
+def size_of(run: Planned) -> str:
+    """Images and steps of a run, in words."""
+    images, steps = work_of(run)
+    return f"{images} images" + (f" x {steps} steps" if steps else "") + ", the ones that are shown" * (run.verb == "predict")
+
+
+def work_of(run: Planned) -> tuple[int, int | None]:
+    """Test images and iterations of a run; None for an attack whose recipe counts no steps."""
+    settings = run.recipe.settings
+    return settings["data"]["init_args"]["test_images"], settings["model"]["init_args"]["attack"].get("init_args", {}).get("steps")
 
 
 def lines_of(table: TableRecipe, options: Options) -> Iterator[Asked]:

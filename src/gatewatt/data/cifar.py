@@ -29,6 +29,7 @@ class CIFAR10Data(ImageData):
         val_images: images split off the training set for validation, stratified by class.
         val_subset: see :class:`~gatewatt.data.module.ImageData`.
         test_images: see :class:`~gatewatt.data.module.ImageData`.
+        test_offset: see :class:`~gatewatt.data.module.ImageData`.
         seed: seed of training order and augmentation.
         split_seed: seed of validation split and subsets.
 
@@ -55,6 +56,7 @@ class CIFAR10Data(ImageData):
         val_images: int = 5000,
         val_subset: int | None = None,
         test_images: int | None = None,
+        test_offset: int = 0,
         seed: int = 0,
         split_seed: int = 0,
     ) -> None:
@@ -69,6 +71,7 @@ class CIFAR10Data(ImageData):
             val_images=val_images,
             val_subset=val_subset,
             test_images=test_images,
+            test_offset=test_offset,
         )
         self.root = Path(root)
         self.download = download

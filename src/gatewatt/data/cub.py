@@ -52,6 +52,7 @@ class CubData(ImageData):
         val_images: images split off the training images for validation, stratified by class.
         val_subset: see :class:`~gatewatt.data.module.ImageData`.
         test_images: see :class:`~gatewatt.data.module.ImageData`.
+        test_offset: see :class:`~gatewatt.data.module.ImageData`.
         seed: seed of training order and augmentation.
         split_seed: seed of validation split and subsets.
 
@@ -75,6 +76,7 @@ class CubData(ImageData):
         val_images: int = 600,
         val_subset: int | None = None,
         test_images: int | None = None,
+        test_offset: int = 0,
         seed: int = 0,
         split_seed: int = 0,
     ) -> None:
@@ -89,6 +91,7 @@ class CubData(ImageData):
             val_images=val_images,
             val_subset=val_subset,
             test_images=test_images,
+            test_offset=test_offset,
         )
         self.root, self.in_memory = Path(root), in_memory
         if in_memory:

@@ -300,6 +300,7 @@ class FolderData(ImageData):
         val_images: images split off the training images where there is no ``val`` folder.
         val_subset: see :class:`~gatewatt.data.module.ImageData`.
         test_images: see :class:`~gatewatt.data.module.ImageData`.
+        test_offset: see :class:`~gatewatt.data.module.ImageData`.
         seed: seed of training order and augmentation.
         split_seed: seed of validation split and subsets.
         on_bad: every file of a split is looked at before anything is computed. ``error`` refuses files that are cut off, no images, bombs, of
@@ -334,6 +335,7 @@ class FolderData(ImageData):
         val_images: int = 5000,
         val_subset: int | None = None,
         test_images: int | None = None,
+        test_offset: int = 0,
         seed: int = 0,
         split_seed: int = 0,
         on_bad: OnBad = "error",
@@ -351,6 +353,7 @@ class FolderData(ImageData):
             val_images=val_images,
             val_subset=val_subset,
             test_images=test_images,
+            test_offset=test_offset,
         )
         self.root = Path(root)
         self.folders: dict[Split, str] = {"train": train, "val": val, "test": test}

@@ -33,6 +33,8 @@ class ImageData(LightningDataModule, ABC):
         val_subset: validate on the first so many images of a seeded permutation; None for all.
         test_images: test and predict on the first so many images of a seeded permutation; None for all. A smaller subset is the beginning of a
             larger one.
+        test_offset: leave so many images of that permutation out before the first. Two runs of ``test_images=n``, one with ``test_offset=n``, are
+            of images that have none in common: settings can be chosen on the one and reported on the other.
 
     Raises:
         ValueError: on a count out of range, naming the argument.
@@ -54,6 +56,7 @@ class ImageData(LightningDataModule, ABC):
         val_images: int,
         val_subset: int | None,
         test_images: int | None,
+        test_offset: int = 0,
     ) -> None:
         super().__init__()
         counts = {"size": size, "batch_size": batch_size, "eval_batch_size": eval_batch_size, "val_subset": val_subset, "test_images": test_images}
@@ -61,7 +64,7 @@ class ImageData(LightningDataModule, ABC):
             if value is not None and value < 1:
                 whole = "; leave it out for the whole set" if argument in ("val_subset", "test_images") else ""
                 raise ValueError(f"{argument} must be at least 1, got {value}{whole}")
-        for argument, value in {"workers": workers, "val_images": val_images}.items():
+        for argument, value in {"workers": workers, "val_images": val_images, "test_offset": test_offset}.items():
             if value < 0:
                 raise ValueError(f"{argument} must be at least 0, got {value}")
         self.name = name
@@ -74,6 +77,7 @@ class ImageData(LightningDataModule, ABC):
         self.val_images = val_images
         self.val_subset = val_subset
         self.test_images = test_images
+        self.test_offset = test_offset
         self._splits: dict[Split, Images] = {}
 
     @property
@@ -125,9 +129,9 @@ class ImageData(LightningDataModule, ABC):
             generator=generator(self.seed, "workers"),
         )
 
-    def _evaluation(self, split: Split, count: int | None) -> BatchLoader:
+    def _evaluation(self, split: Split, count: int | None, offset: int = 0) -> BatchLoader:
         images = self.split(split)
-        return self._loader(images, BatchOrder(subset(len(images), count, self.split_seed), self.eval_batch_size))
+        return self._loader(images, BatchOrder(subset(len(images), count, self.split_seed, offset), self.eval_batch_size))
 
     def _trained(self, order: BatchOrder) -> int:
         """Batches of the current epoch that the trainer has already trained on: more than 0 in a resumed run only."""
@@ -150,7 +154,7 @@ class ImageData(LightningDataModule, ABC):
 
     def test_dataloader(self) -> BatchLoader:
         """The test images or their subset."""
-        return self._evaluation("test", self.test_images)
+        return self._evaluation("test", self.test_images, self.test_offset)
 
     def predict_dataloader(self) -> BatchLoader:
         """The same as for the test."""

@@ -42,21 +42,29 @@ def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (~taken).nonzero().flatten(), taken.nonzero().flatten()
 
 
-def subset(images: int, count: int | None, seed: int) -> Tensor:
-    """Positions to evaluate: all of them in order, or the first ``count`` of a seeded permutation.
+def subset(images: int, count: int | None, seed: int, offset: int = 0) -> Tensor:
+    """Positions to evaluate: all of them in order, or ``count`` of a seeded permutation from ``offset`` on.
 
-    A smaller subset is the beginning of a larger one.
+    A smaller subset is the beginning of a larger one. One that begins where another ends shares no image with it.
 
     Args:
         images: N, the images there are.
-        count: the images to evaluate; None for all in their own order.
+        count: the images to evaluate; None for all that there are, without an offset in their own order.
         seed: seed of the permutation.
+        offset: images of the permutation to leave out before the first.
 
     Raises:
-        ValueError: if there are fewer than ``count`` images.
+        ValueError: if there are fewer than ``count`` images behind ``offset``, or none.
+
+    Example:
+        >>> first, second = subset(10, 4, seed=0), subset(10, 4, seed=0, offset=4)
+        >>> set(first.tolist()) & set(second.tolist())
+        set()
     """
-    if count is None:
+    if count is None and not offset:
         return torch.arange(images)
-    if count > images:
-        raise ValueError(f"a subset of {count} images was asked for, there are {images}; ask for at most {images}")
-    return torch.randperm(images, generator=generator(seed, "subset"))[:count]
+    left = max(0, images - offset)
+    if left < (count or 1):
+        behind = f" behind the first {offset}" if offset else ""
+        raise ValueError(f"a subset of {count or 'all'} images{behind} was asked for, there are {left}; ask for at most {left}")
+    return torch.randperm(images, generator=generator(seed, "subset"))[offset:][:count]

@@ -120,7 +120,7 @@ def match(
     high = min(_mean_mse(runs[-1], image) for runs in curves.values())
     if low >= high:
         return Matched(image, (), (), (), (*notes, f"the methods share no MSE range: one starts at {low:.3g}, another ends at {high:.3g}"))
-    values = _round_values(low, high) if mse_levels2 is None else tuple(sorted(mse_levels2))
+    values = round_values(low, high) if mse_levels2 is None else tuple(sorted(mse_levels2))
     for value in values:
         if not low <= value <= high:
             raise ValueError(f"MSE {value:g} lies outside {low:.3g} to {high:.3g}, the range that every method covers")
@@ -174,7 +174,7 @@ def _interpolated(curves: list[list[Run]], log_values: Column, image: Image, *, 
     return results
 
 
-def _round_values(low: float, high: float) -> tuple[float, ...]:
+def round_values(low: float, high: float) -> tuple[float, ...]:
     """At least four round values inside the range if it is wide enough for them, else five spread evenly in log MSE."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5)):

@@ -18,6 +18,10 @@ from gatewatt.metrics.estimates import Column, below_full, bootstrap_sums, perce
 from gatewatt.reports.collect import ReportError, Run
 from gatewatt.reports.tables import Format, one_decimal, three_digits
 
+_CIFAR, _IMAGENET = (0.2023, 0.1994, 0.2010), (0.229, 0.224, 0.225)
+STANDARD_DEVIATIONS = {"cifar10": _CIFAR, "cifar100": _CIFAR, "imagenet": _IMAGENET, "cub200": _IMAGENET}
+"""Data set -> standard deviations of its channels, pixels in [0, 1], as the authors' release of GradMDM standardises them."""
+
 DRAWS = 2000
 SEED = 0
 
@@ -60,6 +64,12 @@ def _flops(index: int) -> Callable[[Run], Column]:
 
 def _mse(index: int) -> Callable[[Run], Column]:
     return lambda run: run.mse[:, index]
+
+
+def _standardised(run: Run) -> Column:
+    """Squared error in units of the data's variance, the same error taken in every channel; NaN for data without known deviations."""
+    deviations = STANDARD_DEVIATIONS.get(run.dataset.partition(" ")[0])
+    return run.mse[:, 0] * (math.nan if deviations is None else float(np.mean([1 / (255 * one) ** 2 for one in deviations])))
 
 
 def _won(index: int) -> Callable[[Run], Column]:
@@ -107,11 +117,13 @@ MEASURES: dict[str, Measure] = {
     "accuracy_adversarial_8bit_percent": Measure("8-bit accuracy %", _right("prediction_adversarial_8bit"), ones, 100),
     "mse_levels2": Measure("MSE", _mse(0), ones, 1, three_digits),
     "mse_levels2_8bit": Measure("8-bit MSE", _mse(1), ones, 1, three_digits),
+    "mse_standardised": Measure("MSE, standardised", _standardised, ones, 1, three_digits),
     "psnr_db": Measure("PSNR dB", _psnr, _changed),
     "linf_levels": Measure("largest change, levels", lambda run: np.array([row.linf_levels for row in run.rows]), ones),
     "seconds_per_image": Measure("seconds per image", _seconds, ones, 1, three_digits),
 }
-"""Column of a table recipe -> what it measures. FLOPs are MACs per image, MSE is in squared 8-bit levels, PSNR has MAX = 255."""
+"""Column of a table recipe -> what it measures. FLOPs are MACs per image, MSE is in squared 8-bit levels, standardised it is
+that of pixels divided by their standard deviation, PSNR has MAX = 255."""
 
 CONSTANT = ("flops_dense", "seconds_per_image")
 """The same for every image, so without an interval over images."""

@@ -19,14 +19,22 @@ from gatewatt.reports.figures import recovery_figure
 from gatewatt.reports.matched import match
 from gatewatt.reports.measures import DRAWS, MEASURES, SEED, Measured, measure, measured_text
 from gatewatt.reports.plots import Bar, Curve, bars, costs, curves, images, usage
-from gatewatt.reports.recipe import Row, TableRecipe
+from gatewatt.reports.recipe import SUBSETS, Row, TableRecipe
 from gatewatt.reports.render import CONVENTIONS, FORMATS, attacks_text, versions_text
+from gatewatt.reports.subsets import Pair, choices_table, choose
 from gatewatt.reports.tables import Format, Table, csv_text, figures_of, matched_table, orderings_table, orderings_text
 
 UNITS = (
-    "The paper's MSE and PSNR may be of standardised pixels, not of 8-bit levels: what was published does not decide it, so they are not compared."
+    "In which unit the paper's MSE is, what was published does not decide: 8-bit levels, as its text has it, or standardised pixels, as its authors' "
+    "release prints them. Its PSNR is 10 log10(255^2 / MSE) of the same figure and decides nothing. Ours stands beside it in the first unit and, as "
+    '"MSE, standardised", in the second (levels divided by 255 and by the deviations of the data\'s channels), where 0.11 is a true PSNR of '
+    "22 to 24 dB and not 57.7. Neither is claimed to be the paper's."
 )
-INFERRED = "That the paper has this under this number is inferred; our sources do not say so."
+INFERRED = "That the paper has this, or has it under this number, is inferred; our sources do not say so."
+HALVES = (
+    "Subsets A and B are as many test images each, drawn with a fixed seed, and have none in common. Every setting is run on both; what is chosen "
+    "looks at A alone. How the paper divides its images our sources do not say."
+)
 NO_FIGURES = "Our sources quote no figure of the paper for it, so none stands beside ours."
 
 
@@ -70,15 +78,22 @@ class RowPanel(Panel):
     """A panel whose methods are called by the labels of the table's rows.
 
     Attributes:
-        names: run name -> label of its row.
+        names: run name -> what its row is called on either subset.
+        subset: of the test images; empty for rows that have none.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
+    subset: str = ""
 
     @property
     def labels(self) -> Mapping[str, str]:
         """Run name -> row."""
         return self.names
+
+    @property
+    def title(self) -> str:
+        """As that of any panel, and the subset."""
+        return super().title + (f", subset {self.subset}" if self.subset else "")
 
 
 def render_table(table: TableRecipe, lines: Sequence[Line], out: Path, *, figures: bool = True, formats: Sequence[str] = ("png",)) -> Section:
@@ -104,7 +119,7 @@ def render_table(table: TableRecipe, lines: Sequence[Line], out: Path, *, figure
     # One picture of each is enough to read; the other formats lie beside it.
     text += [f"![{table.title}]({path.name})\n" for path in pictures if path.suffix == f".{formats[0]}"]
     text.append(lines_table(table, lines, measured).markdown())
-    text += matched_sections(lines)
+    text += [*chosen_section(lines), *matched_sections(lines)]
     return Section("\n".join(text), files + pictures)
 
 
@@ -127,6 +142,8 @@ def facts(table: TableRecipe, lines: Sequence[Line]) -> list[str]:
             "MSE in squared 8-bit levels, PSNR with MAX = 255; 1 FLOP = 1 MAC."
         )
         told.append(versions_text(runs))
+    if any(line.row.subset for line in lines):
+        told.append(HALVES)
     missing = sum(line.run is None for line in lines)
     if missing:
         told.append(f"{missing} of {len(lines)} runs have no records; the remark says why.")
@@ -194,13 +211,27 @@ def lines_csv(table: TableRecipe, lines: Sequence[Line], measured: Mapping[str, 
 
 
 def row_panels(lines: Sequence[Line]) -> list[RowPanel]:
-    """The measured lines by network, data set, defense, seed and number of images, their methods named as the rows are."""
-    names = {line.run.name: line.row.label for line in lines if line.run is not None}
-    found = panels([line.run for line in lines if line.run is not None])
-    return [
-        RowPanel(panel.network, panel.dataset, panel.defense, panel.seed, panel.images, panel.runs, {run.name: names[run.name] for run in panel.runs})
-        for panel in found
-    ]
+    """The measured lines by subset, network, data set, defense, seed and number of images, their methods named as the rows are."""
+    found = []
+    for subset in dict.fromkeys(line.row.subset for line in lines):
+        rows = {line.run.name: line for line in lines if line.run is not None and line.row.subset == subset}
+        for panel in panels([line.run for line in rows.values() if line.run is not None]):
+            names = {run.name: rows[run.name].row.method for run in panel.runs}
+            found.append(RowPanel(panel.network, panel.dataset, panel.defense, panel.seed, panel.images, panel.runs, names, subset))
+    return found
+
+
+def chosen_section(lines: Sequence[Line]) -> list[str]:
+    """What settings chosen on subset A reach on subset B, for the rows that have both."""
+    runs = {(line.row.method, line.point, line.row.subset): line.run for line in lines if line.run is not None}
+    pairs: dict[str, list[Pair]] = {}
+    for (method, point, subset), run in runs.items():
+        if subset == SUBSETS[0] and (other := runs.get((method, point, SUBSETS[1]))) is not None:
+            pairs.setdefault(method, []).append(Pair(run, other))
+    if not pairs:
+        return []
+    words = "The setting of largest recovery on A within an MSE, and what it does on B, each with its 95 % interval:\n"
+    return ["### Chosen on subset A, reported on subset B\n", words, choices_table(choose(pairs)).markdown()]
 
 
 def matched_sections(lines: Sequence[Line]) -> list[str]:
@@ -229,7 +260,7 @@ def draw(table: TableRecipe, lines: Sequence[Line], measured: Mapping[str, Mappi
         path = out / f"{table.name}.{suffix}"
         if table.plot == "recovery-mse":
             for panel in row_panels(lines):
-                slug = re.sub(r"[^a-z0-9]+", "-", f"{panel.network} {panel.defense}".lower()).strip("-")
+                slug = re.sub(r"[^a-z0-9]+", "-", f"{panel.network} {panel.defense} {panel.subset}".lower()).strip("-")
                 figures = {run.name: figures_of(run, draws=DRAWS, seed=SEED) for run in panel.runs}
                 written.append(recovery_figure(panel, figures, out / f"{table.name}-{slug}.{suffix}"))
         elif table.plot == "bars":

@@ -7,7 +7,7 @@ checkpoint, whose card gives network and data set, recipe fragments, and fields 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ adversarial images with their perturbation."""
 NUMBERINGS = ("stated", "inferred")
 SWEPT_STEPS = "times_steps"
 """The one field of a sweep that is not a recipe's: multiples of the table's steps."""
+SUBSETS = ("A", "B")
+"""Of the test images, as many in each as the table has, and none in both: what is chosen on A is reported on B."""
 
 _TABLE = ("title", "claim", "numbering", "note", "columns", "plot", "strip", "images", "steps", "common", "rows")
-_ROW = ("label", "checkpoint", "source", "data", "recipes", "fields", "sweep", "times_steps", "paper")
+_ROW = ("label", "checkpoint", "source", "data", "recipes", "fields", "sweep", "subsets", "times_steps", "paper")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Row:
         times_steps: steps of the attack as a multiple of the table's; 0 for one that is not counted in steps.
         paper: what the paper prints, if anything that can be quoted.
         place: file and line, for errors.
+        method: what the row is called on either subset; its label without one.
+        subset: one of :data:`SUBSETS`, of a recipe's row that is run on both; else empty.
     """
 
     label: str
@@ -79,6 +83,8 @@ class Row:
     times_steps: float
     paper: Paper | None
     place: str
+    method: str
+    subset: str = ""
 
     @property
     def points(self) -> tuple[float | None, ...]:
@@ -154,7 +160,7 @@ def read_table(path: str | Path) -> TableRecipe:
             raise ReportError(f"{recipe.origin(key)}: {key}: must be a whole number of 1 or more, got {count!r}")
     common = settings.get("common", {})
     _check_keys(common, _ROW, recipe, ("common",))
-    rows = tuple(_row(common, row, recipe, index) for index, row in enumerate(settings["rows"]))
+    rows = tuple(row for index, given in enumerate(settings["rows"]) for row in _rows(common, given, recipe, index))
     labels = [row.label for row in rows]
     for row in rows:
         if labels.count(row.label) > 1:
@@ -172,7 +178,8 @@ def read_table(path: str | Path) -> TableRecipe:
     )
 
 
-def _row(common: Mapping[str, Any], given: Any, recipe: Recipe, index: int) -> Row:
+def _rows(common: Mapping[str, Any], given: Any, recipe: Recipe, index: int) -> list[Row]:
+    """A recipe's row: as it is, or once for each subset."""
     place = str(recipe.origins["rows", str(index)])
     _check_keys(given, _ROW, recipe, ("rows", str(index)))
     merged = {**common, **given}
@@ -184,7 +191,9 @@ def _row(common: Mapping[str, Any], given: Any, recipe: Recipe, index: int) -> R
     sweep = merged.get("sweep")
     if sweep is not None and (not isinstance(sweep, dict) or len(sweep) != 1 or not isinstance(next(iter(sweep.values())), list)):
         raise ReportError(f"{place}: sweep: must be one field with a list of values, got {sweep!r}")
-    return Row(
+    if not isinstance(merged.get("subsets", False), bool):
+        raise ReportError(f"{place}: subsets: must be true or false, got {merged['subsets']!r}")
+    row = Row(
         label=merged["label"],
         checkpoint=merged["checkpoint"],
         source=merged.get("source"),
@@ -197,7 +206,9 @@ def _row(common: Mapping[str, Any], given: Any, recipe: Recipe, index: int) -> R
         # A data set or a network alone, said of all rows, is no figure.
         paper=_paper(merged["paper"], place) if set(merged["paper"]) - {"dataset", "network"} else None,
         place=place,
+        method=merged["label"],
     )
+    return [replace(row, label=f"{row.label}, subset {subset}", subset=subset) for subset in SUBSETS] if merged.get("subsets") else [row]
 
 
 def _paper(given: Mapping[str, Any], place: str) -> Paper:
