@@ -171,5 +171,5 @@ def test_an_evaluation_without_a_data_module_says_so(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> Batch:
             return Batch(torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long), torch.arange(2))
 
-    with pytest.raises(ValueError, match="Universal is fitted to training images: test with a module of gatewatt.data, or call its fit yourself"):
+    with pytest.raises(ValueError, match="Universal is fitted to training images: give the trainer a data module of gatewatt.data"):
         trainer(tmp_path).test(EnergyAttackEvaluation(skipnet(), UniversalAttack()), DataLoader(Plain(), batch_size=None), verbose=False)

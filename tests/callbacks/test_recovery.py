@@ -9,9 +9,10 @@ import torch
 from tests.toys import Levels, Nudge
 from tests.training import QUIET, batches, digits, skipnet, trainer
 
-from gatewatt.attacks import GradMDM
+from gatewatt.attacks import EnergyAttack, GradMDM, LinfBall
 from gatewatt.callbacks import RecoveryCallback
 from gatewatt.flops import audit
+from gatewatt.objectives import EnergyAdversarialObjective
 from gatewatt.tasks import DynamicTraining, EnergyAdversarialTraining, Optimization
 
 pytestmark = QUIET
@@ -100,6 +101,27 @@ def test_the_table_tells_the_warm_up_from_the_defence(tmp_path: Path, capsys: py
     assert "2 (energy-adversarial)" in printed
     for row in recovery.history:
         assert f"{row['val/recovery_percent']:.1f} %" in printed
+
+
+def test_the_table_tells_the_clean_part_of_a_ramp_from_the_defence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # One batch an epoch: the first at 0 of the run, the second at a third, the last at two thirds.
+    objective, attack = EnergyAdversarialObjective(ramp=(0.5, 0.8)), EnergyAttack(space=LinfBall(4 / 255), gamma=0.0, steps=1)
+    recovery, settings = RecoveryCallback(GradMDM(steps=1), images=4), {"limit_train_batches": 1, "limit_val_batches": 1}
+    trainer(tmp_path, max_epochs=3, callbacks=[recovery], **settings).fit(EnergyAdversarialTraining(skipnet(), attack, objective, STEADY), digits())
+    printed = capsys.readouterr().out
+    assert all(label in printed for label in ("1 (clean)", "2 (clean)", "3 (energy-adversarial)"))
+
+
+def test_epochs_of_a_run_that_kept_no_phase_are_shown_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recovery = RecoveryCallback(GradMDM(steps=1), images=4)
+    run, task = trainer(tmp_path, callbacks=[recovery], limit_train_batches=1, limit_val_batches=1), DynamicTraining(skipnet(), optimization=STEADY)
+    run.fit(task, digits())
+    capsys.readouterr()
+    recovery.load_state_dict({"history": [{key: value for key, value in row.items() if key != "phase"} for row in recovery.history]})
+    recovery.on_fit_end(run, task)
+    printed = capsys.readouterr().out
+    assert "of dense" in printed
+    assert "clean)" not in printed
 
 
 @pytest.mark.parametrize("settings", [{"images": 0}, {"every": 0}])

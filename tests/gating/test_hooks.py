@@ -24,7 +24,7 @@ from gatewatt.attacks import EnergyAttack, GradMDM
 from gatewatt.attacks.losses import PowerLoss
 from gatewatt.callbacks import GateReport, RecoveryCallback, ResultFiles
 from gatewatt.flops import audit, compare_routes, price, random_patterns
-from gatewatt.gating import Charge, GateTable, check_finite, forced, gate_table, measuring_execution
+from gatewatt.gating import Charge, GateTable, check_finite, forced, gate_table, measuring_execution, straight_through
 from gatewatt.gating.gate_hook import GateHook
 from gatewatt.gating.hooks import HookedNetwork
 from gatewatt.networks import ResNet, SkipNet
@@ -515,6 +515,18 @@ def test_exits_are_attacked(small: Tensor) -> None:
     assert ledger(network(adversarial, "skipped").gates).mean() > ledger(network(small, "skipped").gates).mean()
 
 
+def test_the_gradient_of_every_exit_counts_once(small: Tensor) -> None:
+    pixels = small.clone().requires_grad_()
+    output = with_exits()(pixels)
+    assert output.exits is not None
+    first, second, last = output.exits.unbind(1)
+    on = [straight_through(name, gate.score, gate.threshold, training=False) for name, gate in output.gates.items()]
+    expected = (1 - on[0]) * first + on[0] * ((1 - on[1]) * second + on[1] * last)
+    torch.testing.assert_close(output.logits, expected)
+    found, wanted = (torch.autograd.grad(logits.square().sum(), pixels, retain_graph=True)[0] for logits in (output.logits, expected))
+    torch.testing.assert_close(found, wanted)
+
+
 class Hasty(Exits):
     """Leaves early in any pass."""
 
@@ -599,6 +611,50 @@ def test_units_must_fit_the_gates_around_them(small: Tensor) -> None:
     hooks = {"half": GateHook("gate_halves.1"), "policy": GateHook("gate_policy", within="half", split=3)}
     with pytest.raises(ValueError, match="gate 'policy.0' fired before gate 'half', which it lies within"):
         HookedNetwork(Policy(), hooks, [], num_classes=4, logits="logits")(small)
+
+
+class LastGate(nn.Module):
+    """Four gates that look at the image, and one block that only the last of them keeps: who lies within whom is for the hooks to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList([nn.Sequential(Colour(), nn.Sigmoid()) for _ in range(4)])
+        self.block, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        *_, last = [gate(images) for gate in self.gates]
+        return self.answer(images, last)
+
+    def answer(self, images: Tensor, keep: Tensor) -> Tensor:
+        return self.head((images + as_map(keep) * self.block(images)).mean((2, 3)))
+
+
+NESTS = {
+    "a chain": ((), "0", "1", "2"),
+    "one in the other": ((), "0", ("0", "1"), ("0", "1", "2")),
+    "two in a third": ((), "0", "0", ("1", "2")),
+}
+"""What each of four gates is said to lie within; the last one lies within all others."""
+
+
+@pytest.mark.parametrize("nest", NESTS)
+def test_the_gradient_of_every_gate_around_counts_once(nest: str, small: Tensor) -> None:
+    torch.manual_seed(5)
+    model = LastGate()
+    sharpen(model)
+    hooks = {str(index): GateHook(f"gates.{index}", within=within) for index, within in enumerate(NESTS[nest])}
+    network = HookedNetwork(model, hooks, [("block", "3")], num_classes=4).eval()
+    pixels = small.clone().requires_grad_()
+    output = network(pixels)
+    decided = [straight_through(name, gate.score, gate.threshold, training=False) for name, gate in output.gates.items()]
+    kept = torch.stack(decided).prod(0)
+    assert torch.equal(output.gates["3"].executed, kept)
+    # Both where all of them are open and where one alone is closed.
+    assert {3.0, 4.0} <= set(torch.stack(decided).sum(0).flatten().tolist())
+    expected = model.answer(pixels, kept)
+    torch.testing.assert_close(output.logits, expected)
+    found, wanted = (torch.autograd.grad(logits.square().sum(), pixels, retain_graph=True)[0] for logits in (output.logits, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 class Loop(nn.Module):

@@ -83,6 +83,13 @@ def test_the_bound_falls_from_open_gates_to_the_target(progress: float, bound: f
     assert objective(output, LABELS, LEDGER)["compute"].item() == pytest.approx(7 * (0.55 - bound) ** 2)
 
 
+@pytest.mark.parametrize(("progress", "bound"), [(0.0, 1.0), (0.49, 1.0), (0.5, 0.7), (0.99, 0.7)])
+def test_a_descent_that_takes_no_time_is_a_step(progress: float, bound: float) -> None:
+    objective = ComputeTarget(0.7, descent=(0.5, 0.5))
+    objective.progress = progress
+    assert objective.bound() == bound
+
+
 @pytest.mark.parametrize("descent", [(0.5, 0.25), (-0.1, 0.5), (0.5, 1.5)])
 def test_a_descent_that_does_not_fit_the_run_is_refused(descent: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="descent must be two parts of the run"):

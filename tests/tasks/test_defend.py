@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gatewatt.attacks import AttackResult, GradMDM
+from gatewatt.defenses import BitDepth, Defended, bare
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import DynamicNetwork
 from gatewatt.networks import checkpoint
@@ -159,6 +160,32 @@ def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
     task = EnergyAdversarialTraining(skipnet(1), checkpoint=str(tmp_path / "trained.safetensors"))
     assert same(copied(task.network), copied(trained))
     assert same(copied(task.parent), copied(trained))
+
+
+def test_attack_training_and_parent_are_behind_the_defense(tmp_path: Path) -> None:
+    trained, attack = skipnet(7), Remembering(steps=2, lr=0.03, warmup=0.0)
+    checkpoint.save(trained, tmp_path / "trained.safetensors", card={})
+    task = EnergyAdversarialTraining(
+        skipnet(1),
+        attack,
+        optimization=STEADY,
+        defense=lambda network: Defended(network, BitDepth(1)),
+        checkpoint=str(tmp_path / "trained.safetensors"),
+    )
+    assert same(copied(bare(task.network)), copied(trained))
+    twin = Defended(copy.deepcopy(trained), BitDepth(1))
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(task, digits())
+
+    ((clean, adversarial),) = attack.calls
+    crafted = GradMDM(steps=2, lr=0.03, warmup=0.0)(twin.to(memory_format=torch.channels_last), clean).images
+    torch.testing.assert_close(adversarial, crafted)
+    assert not torch.equal(crafted, GradMDM(steps=2, lr=0.03, warmup=0.0)(trained, clean).images)
+    assert isinstance(task.parent, Defended)
+    both, labels = torch.cat([clean, adversarial]), next(iter(digits().train_dataloader())).labels
+    expected = [functional.cross_entropy(network.train()(both).logits[:16], labels).item() for network in (twin, copy.deepcopy(trained))]
+    assert run.callback_metrics["train/cross_entropy"].item() == pytest.approx(expected[0], rel=1e-5)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
 
 
 def test_it_trains_in_bfloat16_with_a_target_for_the_clean_half(tmp_path: Path) -> None:

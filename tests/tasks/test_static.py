@@ -37,7 +37,7 @@ def test_the_route_is_the_busiest_within_the_budget_and_alone_is_trained(tmp_pat
     run = trainer(tmp_path, limit_train_batches=2, limit_val_batches=1, callbacks=[GateReport(), ExportCheckpoint("static")])
     run.fit(task, digits())
 
-    network, images = load(dynamic), task.plain_images()
+    network, images = load(dynamic), task.choosing_images()
     assert len(images) == 24
     route, ledger = busiest_route(network, images, 0.75), price(load(dynamic), images[:1])
     assert task.network.open_gates == route
@@ -85,7 +85,7 @@ def test_from_scratch_the_checkpoint_only_chooses(tmp_path: Path, dynamic: str) 
     expected = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
     task = StaticTraining(fresh, 0.75, checkpoint=dynamic, from_scratch=True, images=24)
     trainer(tmp_path, limit_val_batches=1).validate(task, digits(), verbose=False)
-    assert task.network.open_gates == busiest_route(load(dynamic), task.plain_images(), 0.75)
+    assert task.network.open_gates == busiest_route(load(dynamic), task.choosing_images(), 0.75)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in bare(task.network).state_dict().items())
 
 
@@ -109,7 +109,9 @@ def test_what_cannot_be_chosen_is_said(tmp_path: Path) -> None:
         StaticTraining(skipnet(), 1.5)
     with pytest.raises(ValueError, match="images must be at least 1, got 0"):
         StaticTraining(skipnet(), 0.5, images=0)
-    with pytest.raises(ValueError, match="route is chosen on training images: train with a data module of gatewatt.data"):
+    with pytest.raises(ValueError, match="fixed without a defense, got BudgetGuard: train without, test behind it"):
+        StaticTraining(BudgetGuard(skipnet(**DEEP), 0.6), 0.5)
+    with pytest.raises(ValueError, match="route is chosen on training images: give the trainer a data module of gatewatt.data"):
         trainer(tmp_path).validate(StaticTraining(skipnet(), 0.9), digits().val_dataloader(), verbose=False)
 
 

@@ -20,8 +20,9 @@ from gatewatt.defenses import BitDepth, Defended, Wrapper
 from gatewatt.flops import FlopsLedger, audit, price
 from gatewatt.gating import DynamicNetwork, DynamicOutput
 from gatewatt.networks import SkipNet
+from gatewatt.networks.checkpoint import CheckpointError, save
 from gatewatt.objectives import ComputeTarget, Terms
-from gatewatt.tasks import DynamicTraining, Optimization
+from gatewatt.tasks import DynamicTraining, EnergyAttackEvaluation, Optimization
 
 pytestmark = QUIET
 
@@ -138,6 +139,26 @@ def test_accuracy_and_flops_are_those_of_an_image_by_image_count(
         f"{split}/flops_clean": sum(flops) / 12,
         f"{split}/flops_fraction": pytest.approx(sum(flops) / 12 / price(network, images[:1]).dense),
     }
+
+
+def test_weights_for_other_classes_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    file = str(tmp_path / "ten.safetensors")
+    save(skipnet(), file, card={})
+    other: list[Callable[[], object]] = [
+        lambda: DynamicTraining(skipnet(num_classes=7), checkpoint=file),
+        lambda: DynamicTraining(skipnet(num_classes=7), checkpoint=file, defense=posterized),
+        lambda: EnergyAttackEvaluation(skipnet(), source=skipnet(num_classes=7), source_checkpoint=file),
+    ]
+    for make in other:
+        with pytest.raises(CheckpointError) as refused:
+            make()
+        assert str(refused.value) == (
+            f"checkpoint {file} tells 10 classes apart and the network 7, so its classifier does not fit: "
+            "for data of 10 classes set num_classes to 10, for other data leave the checkpoint out"
+        )
+    # Anything else that differs is said by its shape.
+    with pytest.raises(CheckpointError, match="does not fit SkipNet"):
+        DynamicTraining(skipnet(width=5), checkpoint=file)
 
 
 def test_figures_are_taken_in_float32_whatever_the_training_precision(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork, check_images, check_labels, decision_named
+from gatewatt.rounding import RELATIVE_SLACK
 
 
 class AttackResult(NamedTuple):
@@ -218,10 +219,6 @@ def image_noise(images: Tensor, seed: int, draw: int = 0) -> Tensor:
     """Uniform noise in [0, 1) from :func:`image_generator`, shape, dtype and device of ``images`` (B, 3, H, W)."""
     drawn = [torch.rand(image.shape, generator=image_generator(image, seed, draw)) for image in images.detach().cpu()]
     return torch.stack(drawn).to(images)
-
-
-RELATIVE_SLACK = 1e-9
-"""FLOPs closer than this share of dense are dense: sums of price times usage round in the last bits of float64."""
 
 
 class BestIterate:

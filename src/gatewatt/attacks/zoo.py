@@ -176,7 +176,6 @@ class GradAuto(EnergyAttack):
             raise ValueError(f"strength must be positive, got {strength}")
         loss, direction = ComplexityLoss(), UnitLength(ConflictMasking())
         super().__init__(loss, direction, gamma=1 / strength, steps=steps, warmup=0.0, lr=lr, keep=keep, decision=decision)
-        self.strength = strength
 
 
 ABLATIONS: dict[str, tuple[Callable[[], GateLoss], Callable[[], Direction]]] = {

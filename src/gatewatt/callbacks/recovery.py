@@ -17,6 +17,7 @@ from gatewatt.metrics import MeanFlops, RecoveryPercent
 from gatewatt.metrics.distortion import mse_levels2, round_to_8bit
 from gatewatt.metrics.record import psnr_of_mse
 from gatewatt.tasks.base import NetworkTask
+from gatewatt.tasks.defend import EnergyAdversarialTraining
 from gatewatt.tasks.evaluate import full_precision
 
 LOGGED = ("recovery_percent", "recovery_8bit_percent", "flops_adversarial", "mse_levels2")
@@ -41,7 +42,7 @@ class RecoveryCallback(L.Callback):
         if images < 1 or every < 1:
             raise ValueError(f"images and every must be at least 1, got {images} and {every}")
         self.attack, self.images, self.every = attack or GradMDM(), images, every
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self.due = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,23 +94,23 @@ class RecoveryCallback(L.Callback):
         """Keep the epoch for the final table, once the task has logged its own figures."""
         if self.due:
             logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-            self.history.append({"epoch": trainer.current_epoch, **logged})
+            attacked = isinstance(pl_module, EnergyAdversarialTraining) and not pl_module.warming
+            self.history.append({"epoch": trainer.current_epoch, "phase": "energy-adversarial" if attacked else "clean", **logged})
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the table of all epochs measured."""
         if not trainer.is_global_zero or not self.history:
             return
         assert isinstance(pl_module, NetworkTask)
-        warmup = getattr(pl_module, "warmup_epochs", None)
         # Not the ledger's: a run that was killed after its last step is resumed with nothing to do, and prices nothing.
         dense = self.history[-1]["val/flops_clean"] / self.history[-1]["val/flops_fraction"]
         rows = []
         for row in self.history:
-            phase = "clean" if warmup is None or row["epoch"] < warmup else "energy-adversarial"
+            phase = f" ({row['phase']})" if "phase" in row else ""  # a run begun with an earlier version kept none
             mse = row["val/mse_levels2"]
             rows.append(
                 [
-                    f"{int(row['epoch']) + 1} ({phase})",
+                    f"{int(row['epoch']) + 1}{phase}",
                     percent(row["val/accuracy"]),
                     mflops(row["val/flops_clean"]),
                     percent(row["val/flops_fraction"]),

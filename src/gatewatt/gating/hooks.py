@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,6 +88,7 @@ class HookedNetwork(DynamicNetwork):
         self.executions = ("masked", "dense") if skipped is None else ("masked", "dense", "skipped")
         self.decision = decision_named(decision)
         self.outer = nesting(self.hooks)
+        self.enclosing = enclosing(self.outer)
         # An exit's score is 0.5 at its confidence, whatever that is.
         levels = [0.5 if hook.is_exit else hook.threshold for hook in self.hooks.values()]
         self.register_buffer("thresholds", torch.tensor(levels), persistent=False)
@@ -165,10 +166,11 @@ class HookedNetwork(DynamicNetwork):
 
 
 class _Fired(NamedTuple):
-    """One gate in one pass: score and threshold, and executed (B, U) with the decision's gradient."""
+    """One gate in one pass: score, threshold, the decision (B, U) with its gradient, and executed, the same where the gates around it are open."""
 
     score: Tensor
     threshold: Tensor
+    asked: Tensor
     executed: Tensor
 
 
@@ -178,7 +180,8 @@ class _Pass:
     def __init__(self, network: HookedNetwork, batch: int, execution: Execution) -> None:
         self.network, self.batch, self.execution = network, batch, execution
         self.fired: dict[str, _Fired] = {}
-        self.exits: list[tuple[Tensor, Tensor]] = []  # executed (B, 1) and logits (B, K) of every exit
+        self.exits: list[tuple[Tensor, Tensor]] = []  # of every exit, whether images that came to it went on (B, 1), and logits (B, K)
+        self.passed: set[str] = set()  # the exits so far and the gates around them
         self.calls: Counter[str] = Counter()
         self.pending: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -213,7 +216,7 @@ class _Pass:
         gates = hook.names(name)[call * hook.split : (call + 1) * hook.split]
         decided = [self.decide(gate, name, part) for gate, part in zip(gates, score.split(score.shape[1] // hook.split, dim=1), strict=True)]
         if hook.is_exit:
-            self.exits.append((self.fired[gates[0]].executed, element))
+            self.exits.append((self.went_on(gates[0]), element))
         if hook.writes is None:
             return None
         executed, own = (torch.cat(parts, dim=1) for parts in zip(*decided, strict=True))
@@ -256,20 +259,26 @@ class _Pass:
             if network.decision not in (hard, straight_through) and bool((asked.detach() != own).any()):
                 raise ValueError(f"gate {name!r} decides by itself: forced and sampled decisions need GateHook(..., write=...)")
         executed = asked if outer is None else asked * outer
-        self.fired[gate] = _Fired(score, threshold, executed)
+        self.fired[gate] = _Fired(score, threshold, asked, executed)
         return (executed, own) if rows is None else (executed[rows], own[rows])
 
     def outer(self, gate: str) -> Tensor | None:
-        """Product of what the gates around ``gate`` executed, (B, U); None if it lies within none."""
-        product: Tensor | None = None
+        """Product of the decisions of all gates around ``gate``, (B, U); None if it lies within none."""
         for around in self.network.outer[gate]:
             if around not in self.fired:
                 if self.execution != "skipped":
                     raise ValueError(f"gate {gate!r} fired before gate {around!r}, which it lies within")
                 self.settle(around)
-            executed = self.fired[around].executed
-            product = executed if product is None else product * executed
-        return product
+        # Each decision once. What two gates around it executed may hold the decision of a third, whose gradient would count twice.
+        decisions = [self.fired[around].asked for around in self.network.enclosing[gate]]
+        return reduce(torch.mul, decisions) if decisions else None
+
+    def went_on(self, gate: str) -> Tensor:
+        """Whether images went on at an exit, (B, 1), provided that they came to it."""
+        # Not what it executed: the exits before it choose among the logits themselves, and their decisions would count twice.
+        chain = [name for name in (*self.network.enclosing[gate], gate) if name not in self.passed]
+        self.passed.update(chain)
+        return reduce(torch.mul, [self.fired[name].asked for name in chain])
 
     def settle(self, gate: str) -> None:
         """In a skipping forward, close a gate that no image reached."""
@@ -283,7 +292,8 @@ class _Pass:
                 f"and {hook.fires} are expected.{left}"
             )
         score = self.inherited(gate, outer.shape[1])
-        self.fired[gate] = _Fired(score, self.threshold(name), torch.zeros_like(score))
+        closed = torch.zeros_like(score)
+        self.fired[gate] = _Fired(score, self.threshold(name), closed, closed)
 
     def threshold(self, name: str) -> Tensor:
         """Threshold of a hook's gates, a scalar."""
@@ -304,7 +314,7 @@ class _Pass:
                 raise ValueError(f"the decision of gate {name!r} was not written: module {hook.at!r} was not called after it")
         self.refuse_out_of_range()
         ordered = {gate: self.fired[gate] for gate in self.network.outer}
-        around = enclosing(self.network.outer)
+        around = self.network.enclosing
         return {gate: Gate(fired.score, fired.threshold, fired.executed.detach(), within=around[gate]) for gate, fired in ordered.items()}
 
     def refuse_out_of_range(self) -> None:

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-RELATIVE_SLACK = 1e-9
-"""FLOPs closer than this share of dense count as equal: sums of price times usage round in the last bits of float64."""
+from gatewatt.rounding import RELATIVE_SLACK
 
 Column = NDArray[np.float64]
 

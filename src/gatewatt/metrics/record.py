@@ -22,7 +22,6 @@ import numpy as np
 
 from gatewatt.files import write_new
 from gatewatt.metrics.estimates import (
-    RELATIVE_SLACK,
     Column,
     as_numpy,
     bootstrap_interval,
@@ -30,6 +29,7 @@ from gatewatt.metrics.estimates import (
     recovery_percent,
     route_statistics,
 )
+from gatewatt.rounding import RELATIVE_SLACK
 
 MAX_GATE_STRING = 256
 """Networks with more units than this (spatial and token halting have thousands) leave the gate columns of their rows empty."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from gatewatt.metrics.estimates import RELATIVE_SLACK
+from gatewatt.rounding import RELATIVE_SLACK
 
 
 class RecoveryTotals(NamedTuple):

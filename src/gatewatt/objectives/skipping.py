@@ -25,11 +25,11 @@ class ComputeTarget(Objective):
         diversity: weight of the variance floor; 0 leaves it out.
         spread: the variance below which the floor acts. Scores that never cross 0.5 cannot exceed 0.0625; half zeros and half ones have 0.25.
         descent: parts of the run between which the bound falls linearly from 1 (all gates open) to ``target``. The default holds the target
-            from the start; deep networks learn better features if their blocks are first trained with open gates.
+            from the start; deep networks learn better features if their blocks are first trained with open gates. Equal parts are a step.
         label_smoothing: of the cross entropy, in [0, 1).
 
     Raises:
-        ValueError: if ``target`` is outside (0, 1], ``spread`` outside [0, 0.25], ``descent`` not rising within [0, 1], or a weight negative.
+        ValueError: if ``target`` is outside (0, 1], ``spread`` outside [0, 0.25], ``descent`` falling or outside [0, 1], or a weight negative.
     """
 
     def __init__(
@@ -68,8 +68,9 @@ class ComputeTarget(Objective):
         start, end = self.descent
         if self.progress >= end:
             return self.target
-        fallen = max(self.progress - start, 0.0) / (end - start)
-        return 1 - fallen * (1 - self.target)
+        if self.progress <= start:
+            return 1.0
+        return 1 - (self.progress - start) / (end - start) * (1 - self.target)
 
 
 class HybridReinforcement(Objective):

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gatewatt.attacks import Attack, GradMDM, UniversalAttack
-from gatewatt.data.batch import Batch, BatchKey
-from gatewatt.data.module import ImageData
-from gatewatt.data.splits import subset
+from gatewatt.data.batch import Batch
 from gatewatt.defenses import Wrapper, bare, described
 from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork, check_finite, gate_table, measuring_execution
 from gatewatt.metrics.distortion import linf_levels, mse_levels2, round_to_8bit
 from gatewatt.metrics.record import ImageRecord, image_records
-from gatewatt.networks.checkpoint import load_weights
-from gatewatt.tasks.base import NetworkTask
+from gatewatt.tasks.base import NetworkTask, start_from
 from gatewatt.tasks.evaluate import full_precision
 
 
@@ -80,7 +77,7 @@ class EnergyAttackEvaluation(NetworkTask):
         if source_checkpoint is not None:
             if source is None:
                 raise ValueError(f"source_checkpoint {source_checkpoint} needs a source, the network whose weights these are")
-            load_weights(source, source_checkpoint)
+            start_from(source, source_checkpoint)
         self.source_checkpoint = source_checkpoint
         self.source_ledger: FlopsLedger | None = None
         self.attack = attack or GradMDM()
@@ -94,25 +91,11 @@ class EnergyAttackEvaluation(NetworkTask):
         self.reset_evaluation()
         if isinstance(self.attack, UniversalAttack) and self.attack.perturbation is None:
             start = time.perf_counter()
-            self.attack.fit(self.network if self.source is None else self.source, self.training_images(self.attack.images))
+            images = self.training_images(self.attack.images, purpose=f"{self.attack.name} is fitted to")
+            self.attack.fit(self.network if self.source is None else self.source, images)
             self.attack_seconds += time.perf_counter() - start
 
     on_predict_start = on_test_start
-
-    def training_images(self, count: int) -> Iterator[Tensor]:
-        """The first ``count`` of a seeded permutation of the training images, without augmentation, in batches; the same on every process.
-
-        Raises:
-            ValueError: if the trainer has no data module of :mod:`gatewatt.data`.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, ImageData):
-            raise ValueError(f"{self.attack.name} is fitted to training images: test with a module of gatewatt.data, or call its fit yourself")
-        images = data.split("train").augmented(None)
-        chosen = subset(len(images), min(count, len(images)), data.split_seed)
-        for number, indices in enumerate(chosen.split(data.eval_batch_size)):
-            pixels = images[BatchKey(data.seed, 0, number, indices)].images
-            yield pixels.to(self.device).contiguous(memory_format=self.memory_format)
 
     def craft(self, batch: Batch) -> Attacked:
         """Measure a batch clean, and attack it."""

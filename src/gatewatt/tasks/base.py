@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
 import torch
+from torch import Tensor
 
-from gatewatt.data.batch import Batch
+from gatewatt.data.batch import Batch, BatchKey
+from gatewatt.data.module import ImageData
+from gatewatt.data.splits import subset
 from gatewatt.defenses import Wrapper
 from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork
-from gatewatt.networks.checkpoint import load_weights
+from gatewatt.networks.checkpoint import CheckpointError, card_of, load_weights
 from gatewatt.tasks.evaluate import CleanEvaluation
 
 
@@ -40,7 +43,7 @@ class NetworkTask(L.LightningModule):
         super().__init__()
         network = network if defense is None else defense(network)
         if checkpoint is not None:
-            load_weights(network, checkpoint)
+            start_from(network, checkpoint)
         self.checkpoint = checkpoint
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(memory_format=self.memory_format)
@@ -63,3 +66,42 @@ class NetworkTask(L.LightningModule):
         """Start the clean figures from zero; before the first batch there are none."""
         if self._priced_at is not None:
             self.evaluation.reset()
+
+    def training_images(self, count: int, *, purpose: str) -> Iterator[Tensor]:
+        """The first ``count`` of a seeded permutation of the training images, without augmentation, in batches; the same on every process.
+
+        Args:
+            count: how many; all there are, if they are fewer.
+            purpose: what is done with them, for the message.
+
+        Raises:
+            ValueError: if the trainer has no data module of :mod:`gatewatt.data`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageData):
+            raise ValueError(f"{purpose} training images: give the trainer a data module of gatewatt.data")
+        images = data.split("train").augmented(None)
+        chosen = subset(len(images), min(count, len(images)), data.split_seed)
+        for number, indices in enumerate(chosen.split(data.eval_batch_size)):
+            pixels = images[BatchKey(data.seed, 0, number, indices)].images
+            yield pixels.to(self.device).contiguous(memory_format=self.memory_format)
+
+
+def start_from(network: DynamicNetwork, checkpoint: str) -> None:
+    """Give ``network`` the weights of a checkpoint that tells as many classes apart.
+
+    Args:
+        network: whose weights are replaced, in place.
+        checkpoint: a shipped name or a ``.safetensors`` path.
+
+    Raises:
+        CheckpointError: if the classes are not as many; otherwise as :func:`~gatewatt.networks.checkpoint.load_weights`.
+    """
+    stored, own = card_of(checkpoint)["arguments"].get("num_classes"), network.arguments.get("num_classes")
+    if stored is not None and own is not None and stored != own:
+        # Else the shapes of some tensors would be all that is said.
+        raise CheckpointError(
+            f"checkpoint {checkpoint} tells {stored} classes apart and the network {own}, so its classifier does not fit: "
+            f"for data of {stored} classes set num_classes to {stored}, for other data leave the checkpoint out"
+        )
+    load_weights(network, checkpoint)

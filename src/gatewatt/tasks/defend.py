@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from gatewatt.attacks import Attack, Ball, ConflictMasking, EnergyAttack, GradMD
 from gatewatt.data import Augmentation, ImageData, MemoryImages
 from gatewatt.data.batch import Batch
 from gatewatt.data.order import generator
-from gatewatt.defenses import Crops, PerturbationCache
+from gatewatt.defenses import Crops, PerturbationCache, Wrapper
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import DynamicNetwork, split_output
 from gatewatt.objectives import EnergyAdversarialObjective
@@ -91,6 +92,8 @@ class EnergyAdversarialTraining(DynamicTraining):
         mix: what differs from attack to attack, None for nothing; for an ``EnergyAttack`` within a ball that returns its last iterate.
         warmup_epochs: epochs of clean training first, since gates must become dynamic before they can be defended; 0 with a trained ``checkpoint``.
             A share of the run instead: the objective's ``ramp``.
+        defense: what the network is attacked, trained and measured behind, as its parent, see :class:`~gatewatt.tasks.base.NetworkTask`; exported is
+            the network inside.
         checkpoint: weights to start from: a shipped name or a ``.safetensors`` path of the same architecture.
         channels_last: keep weights and images in that memory format.
 
@@ -110,13 +113,14 @@ class EnergyAdversarialTraining(DynamicTraining):
         cache: PerturbationCache | None = None,
         mix: AttackMix | None = None,
         warmup_epochs: int = 0,
+        defense: Callable[[DynamicNetwork], Wrapper] | None = None,
         checkpoint: str | None = None,
         channels_last: bool = True,
     ) -> None:
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
         both_halves = objective or EnergyAdversarialObjective()
-        super().__init__(network, both_halves.clean, optimization, checkpoint=checkpoint, channels_last=channels_last)
+        super().__init__(network, both_halves.clean, optimization, defense=defense, checkpoint=checkpoint, channels_last=channels_last)
         self.attack = attack or GradMDM(steps=3, warmup=0.0, lr=0.03)
         asked = {"cache": cache is not None, "mix": mix is not None, "ramp": both_halves.ramp[1] > 0}
         check_fit(self.attack, [name for name, wanted in asked.items() if wanted])

@@ -6,12 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gatewatt.data.batch import BatchKey
-from gatewatt.data.module import ImageData
-from gatewatt.data.splits import subset
-from gatewatt.defenses import FixedRoute, bare, busiest_route
+from gatewatt.defenses import FixedRoute, Wrapper, bare, busiest_route
 from gatewatt.defenses.nesting import lies_within
 from gatewatt.defenses.route import route_of
 from gatewatt.gating import DynamicNetwork
@@ -29,7 +27,7 @@ class StaticTraining(DynamicTraining):
     route: ``FixedRoute(load(FILE), FILE)`` is the trained network again, and so is this task with that checkpoint.
 
     Args:
-        network: the dynamic network.
+        network: the dynamic network, behind no defense: the route is the one that its card names.
         budget: share of its dense FLOPs that the route may cost, in (0, 1]; give the robust network's worst case.
         objective: training loss (default: cross entropy).
         optimization: optimiser and schedule.
@@ -41,7 +39,8 @@ class StaticTraining(DynamicTraining):
         channels_last: keep weights and images in that memory format.
 
     Raises:
-        ValueError: for a budget out of range or without room for a gate, or data that has no training images of :mod:`gatewatt.data`.
+        ValueError: for a defended network, a budget out of range or without room for a gate, or data that has no training images of
+            :mod:`gatewatt.data`.
     """
 
     network: FixedRoute
@@ -61,6 +60,8 @@ class StaticTraining(DynamicTraining):
     ) -> None:
         if not 0 < budget <= 1:
             raise ValueError(f"budget must be in (0, 1], a share of the dense FLOPs, got {budget}")
+        if isinstance(network, Wrapper):
+            raise ValueError(f"the route of a static network is fixed without a defense, got {type(network).__name__}: train without, test behind it")
         if images < 1:
             raise ValueError(f"images must be at least 1, got {images}")
         fresh = copy.deepcopy(network.state_dict()) if from_scratch else None
@@ -75,7 +76,7 @@ class StaticTraining(DynamicTraining):
         """Choose the route, once."""
         inner = bare(self.network)
         if not self.chosen:
-            self.take(busiest_route(inner, self.plain_images(), self.budget))
+            self.take(busiest_route(inner, self.choosing_images(), self.budget))
         if self.fresh is not None:
             inner.load_state_dict(self.fresh)
             self.fresh = None
@@ -96,14 +97,6 @@ class StaticTraining(DynamicTraining):
         super().on_load_checkpoint(checkpoint)
         self.take(checkpoint["route"])
 
-    def plain_images(self) -> Tensor:
-        """The first training images of a seeded permutation, without augmentation, (B, 3, H, W); the same on every process.
-
-        Raises:
-            ValueError: if the trainer has no data module of :mod:`gatewatt.data`.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, ImageData):
-            raise ValueError("a static network's route is chosen on training images: train with a data module of gatewatt.data")
-        images = data.split("train").augmented(None)
-        return images[BatchKey(data.seed, 0, 0, subset(len(images), min(self.images, len(images)), data.split_seed))].images
+    def choosing_images(self) -> Tensor:
+        """The images that the route is chosen on, (B, 3, H, W)."""
+        return torch.cat(list(self.training_images(self.images, purpose="a static network's route is chosen on")))
