@@ -117,10 +117,17 @@ def load_weights(network: DynamicNetwork, path: str | Path) -> None:
         path: as for :func:`load`.
 
     Raises:
-        CheckpointError: as for :func:`load`; the network is then as it was.
+        CheckpointError: as for :func:`load`, and if it tells another number of classes apart; the network is then as it was.
     """
     file = locate(path)
     weights = verified(file)
+    stored, own = card_of(file)["arguments"].get("num_classes"), network.arguments.get("num_classes")
+    if stored is not None and own is not None and stored != own:
+        # Else the shapes of some tensors would be all that is said.
+        raise CheckpointError(
+            f"checkpoint {path} tells {stored} classes apart and the network {own}, so its classifier does not fit: "
+            f"for data of {stored} classes set num_classes to {stored}, for other data leave the checkpoint out"
+        )
     check_fit(weights, network, file)
     network.load_state_dict(weights)
 

@@ -16,7 +16,8 @@ from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork, check_finite, gate_table, measuring_execution
 from gatewatt.metrics.distortion import linf_levels, mse_levels2, round_to_8bit
 from gatewatt.metrics.record import ImageRecord, image_records
-from gatewatt.tasks.base import NetworkTask, start_from
+from gatewatt.networks.checkpoint import load_weights
+from gatewatt.tasks.base import NetworkTask
 from gatewatt.tasks.evaluate import full_precision
 
 
@@ -77,7 +78,7 @@ class EnergyAttackEvaluation(NetworkTask):
         if source_checkpoint is not None:
             if source is None:
                 raise ValueError(f"source_checkpoint {source_checkpoint} needs a source, the network whose weights these are")
-            start_from(source, source_checkpoint)
+            load_weights(source, source_checkpoint)
         self.source_checkpoint = source_checkpoint
         self.source_ledger: FlopsLedger | None = None
         self.attack = attack or GradMDM()

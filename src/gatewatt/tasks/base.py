@@ -14,7 +14,7 @@ from gatewatt.data.splits import subset
 from gatewatt.defenses import Wrapper
 from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork
-from gatewatt.networks.checkpoint import CheckpointError, card_of, load_weights
+from gatewatt.networks.checkpoint import load_weights
 from gatewatt.tasks.evaluate import CleanEvaluation
 
 
@@ -43,7 +43,7 @@ class NetworkTask(L.LightningModule):
         super().__init__()
         network = network if defense is None else defense(network)
         if checkpoint is not None:
-            start_from(network, checkpoint)
+            load_weights(network, checkpoint)
         self.checkpoint = checkpoint
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(memory_format=self.memory_format)
@@ -85,23 +85,3 @@ class NetworkTask(L.LightningModule):
         for number, indices in enumerate(chosen.split(data.eval_batch_size)):
             pixels = images[BatchKey(data.seed, 0, number, indices)].images
             yield pixels.to(self.device).contiguous(memory_format=self.memory_format)
-
-
-def start_from(network: DynamicNetwork, checkpoint: str) -> None:
-    """Give ``network`` the weights of a checkpoint that tells as many classes apart.
-
-    Args:
-        network: whose weights are replaced, in place.
-        checkpoint: a shipped name or a ``.safetensors`` path.
-
-    Raises:
-        CheckpointError: if the classes are not as many; otherwise as :func:`~gatewatt.networks.checkpoint.load_weights`.
-    """
-    stored, own = card_of(checkpoint)["arguments"].get("num_classes"), network.arguments.get("num_classes")
-    if stored is not None and own is not None and stored != own:
-        # Else the shapes of some tensors would be all that is said.
-        raise CheckpointError(
-            f"checkpoint {checkpoint} tells {stored} classes apart and the network {own}, so its classifier does not fit: "
-            f"for data of {stored} classes set num_classes to {stored}, for other data leave the checkpoint out"
-        )
-    load_weights(network, checkpoint)
