@@ -14,27 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
 import torch
 import yaml
+from attack_run import emptied, run_attack
 from torch import Tensor
 
 from gatewatt import load, price
 from gatewatt.attacks import GradMDM
-from gatewatt.callbacks import ResultFiles
 from gatewatt.data import DigitsData, FolderData, ImageData
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import gate_table, measuring_execution
 from gatewatt.metrics.record import read_records
 from gatewatt.networks.checkpoint import card_of
 from gatewatt.shipped import find_checkpoint, shipped
-from gatewatt.tasks import EnergyAttackEvaluation
 
 COLUMNS = (
     "checkpoint",
@@ -95,16 +92,6 @@ def parents_of(names: Sequence[str], files: Sequence[str]) -> dict[str, str]:
         if task_of(file).get("execution") != "dense":
             raise SystemExit(f"--parents: {file} was not trained with execution dense, so it is no static counterpart")
     return {name: given[stem] for name, stem in started.items() if stem in given}
-
-
-def attack_images(name: str, data: ImageData, attack: GradMDM, folder: Path) -> None:
-    """Attack the test images: summary.json and records.csv."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    task = EnergyAttackEvaluation(load(name), attack)
-    task.checkpoint = name
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    L.Trainer(accelerator="cpu", devices=1, callbacks=[ResultFiles()], default_root_dir=folder, **quiet).test(task, data, verbose=False)
 
 
 def compare(name: str, data: ImageData, parent: str | None, folder: Path) -> None:
@@ -198,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--gamma", type=float, default=100.0)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--precision", default="32-true", help="of crafting, such as bf16-mixed; figures are taken in float32 in any case")
     parser.add_argument("--parents", nargs="+", default=[], metavar="FILE", help="static parents of these checkpoints")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families"))
     options = parser.parse_args(arguments)
@@ -216,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: left out, its images need --data FOLDER")
             continue
         if not attacked:
-            attack_images(name, data, GradMDM(gamma=options.gamma, steps=options.steps), folder)
+            run_attack(load(name), name, GradMDM(gamma=options.gamma, steps=options.steps), data, emptied(folder), options.precision)
         compare(name, data, parents.get(name), folder)
         print(" | ".join(row(folder)), flush=True)
     (options.out / "FAMILIES.md").write_text(render(options.out))

@@ -10,17 +10,14 @@ sweep goes on where it stopped. It is what `gatewatt test -c recipes/attack-skip
 from __future__ import annotations
 
 import argparse
-import shutil
 import warnings
 from pathlib import Path
 
-import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
+from attack_run import emptied, run_attack
 
 from gatewatt import load
 from gatewatt.attacks import EnergyAttack, GradMDM, ablation
-from gatewatt.callbacks import ResultFiles
 from gatewatt.data import FolderData
-from gatewatt.tasks import EnergyAttackEvaluation
 
 # The power loss has a smaller slope than Eqs. 5 and 6 at the same gamma, so its range lies lower; what counts is that the errors overlap.
 GAMMAS = {
@@ -61,22 +58,7 @@ def main() -> None:
             folder = options.out / f"{name.lower()}-gamma{gamma:g}"
             if (folder / "summary.json").exists():
                 continue
-            # Records without a summary are those of a run that was interrupted between the two.
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            task = EnergyAttackEvaluation(network, make(name, gamma, options.steps))
-            task.checkpoint = options.checkpoint
-            trainer = L.Trainer(
-                accelerator="auto",
-                devices=1,
-                precision=options.precision,
-                logger=False,
-                callbacks=[ResultFiles()],
-                default_root_dir=folder,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.test(task, data, verbose=False)
+            run_attack(network, options.checkpoint, make(name, gamma, options.steps), data, emptied(folder), options.precision)
 
 
 if __name__ == "__main__":

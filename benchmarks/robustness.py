@@ -26,12 +26,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
 import torch
+from attack_run import emptied, run_attack
 
 from gatewatt import load, price
 from gatewatt.attacks import AccuracyPGD, Attack, AutoEnergy, GradMDM, LinfBall
-from gatewatt.callbacks import ResultFiles
 from gatewatt.cli import main as gatewatt
 from gatewatt.cli.quiet import quiet
 from gatewatt.data import DigitsData, FolderData, ImageData
@@ -42,7 +41,6 @@ from gatewatt.networks.checkpoint import card_of
 from gatewatt.reports.collect import Run, load_run
 from gatewatt.reports.tables import Figures, csv_text, figures_of
 from gatewatt.shipped import find_checkpoint
-from gatewatt.tasks import EnergyAttackEvaluation
 
 ATTACKS: dict[str, Callable[[int], Attack]] = {
     "linf-4": lambda steps: AutoEnergy("linf", 4 / 255, steps=steps),
@@ -95,9 +93,7 @@ def measured(contestant: Contestant, attack: Attack, data: ImageData, folder: Pa
         if differing:
             raise SystemExit(f"{folder} holds a run of another {' and '.join(differing)}; remove it, or choose another --out")
         return load_run(folder)
-    # What an interrupted run left.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    emptied(folder)
     inner = load(contestant.checkpoint)
     network = behind(inner, card.get("defense"), size=data.size)
     if contestant.guard is not None:
@@ -105,11 +101,7 @@ def measured(contestant: Contestant, attack: Attack, data: ImageData, folder: Pa
     # Of the network without its defense: a static one is its own dense network, and shares would not compare.
     asked["flops_dense"] = price(inner, torch.zeros(1, 3, data.size, data.size)).dense
     write_text(folder / "asked.json", json.dumps(asked, indent=2) + "\n")
-    task = EnergyAttackEvaluation(network, attack)
-    task.checkpoint = contestant.checkpoint
-    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(accelerator="auto", devices=1, precision=precision, callbacks=[ResultFiles()], default_root_dir=folder, **silent)
-    trainer.test(task, data, verbose=False)
+    run_attack(network, contestant.checkpoint, attack, data, folder, precision)
     return load_run(folder)
 
 

@@ -23,28 +23,25 @@ import io
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import lightning.pytorch as L  # noqa: N812 - the name Lightning's own documentation uses
 import numpy as np
 import torch
+from attack_run import emptied, run_attack
 from families import data_of
 
 from gatewatt import load
 from gatewatt.attacks import Attack, AutoEnergy, Ball, DeepSloth, GradMDM, L2Ball, LinfBall, NoGradientError, Noise, ProjectedAttack
 from gatewatt.attacks.auto import MEMBERS, member
-from gatewatt.callbacks import ResultFiles
 from gatewatt.cli.quiet import quiet
 from gatewatt.data import ImageData
 from gatewatt.files import write_text
 from gatewatt.metrics.estimates import Column, below_full, bootstrap_interval, bootstrap_sums, percentile_interval, ratio_percent, recovery_percent
 from gatewatt.metrics.record import ImageRecord, columns_of, read_records
 from gatewatt.shipped import shipped
-from gatewatt.tasks import EnergyAttackEvaluation
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -127,21 +124,14 @@ def measured(folder: Path, checkpoint: str, attack: Attack, data: ImageData) -> 
         if summary["images"] != data.test_images or any(summary["attack"].get(key) != value for key, value in wanted.items()):
             raise SystemExit(f"{folder} holds a run with other settings: choose another --out, or remove it")
         return read_records(folder / "records.csv")
-    # Records without a summary are those of a run that was interrupted between the two.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    task = EnergyAttackEvaluation(load(checkpoint), attack)
-    task.checkpoint = checkpoint
-    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[ResultFiles()], default_root_dir=folder, **silent)
     try:
         with redirect_stdout(io.StringIO()):
-            trainer.test(task, data, verbose=False)
+            seconds = run_attack(load(checkpoint), checkpoint, attack, data, emptied(folder))
     except NoGradientError:
         folder.rmdir()
         return None
     records = read_records(folder / "records.csv")
-    print(f"{folder}: {recovery(records):.1f} % in {task.attack_seconds:.0f} s", flush=True)
+    print(f"{folder}: {recovery(records):.1f} % in {seconds:.0f} s", flush=True)
     return records
 
 

@@ -102,7 +102,7 @@ def test_every_pair_leaves_a_run_and_the_page_comes_from_the_runs(
     def measured_again(*arguments: object) -> None:
         raise AssertionError("what is there was measured again")
 
-    monkeypatch.setattr(robustness, "EnergyAttackEvaluation", measured_again)
+    monkeypatch.setattr(robustness, "run_attack", measured_again)
     robustness.main(asked)
     assert (out / "ROBUSTNESS.md").read_text() == page
     with pytest.raises(SystemExit, match="gradmdm holds a run of another attack; remove it, or choose another --out"):

@@ -75,7 +75,7 @@ def test_a_parent_is_measured_on_the_images_of_the_records(
     def attacked_again(*arguments: object) -> None:
         raise AssertionError("what is there was attacked again")
 
-    monkeypatch.setattr(families, "EnergyAttackEvaluation", attacked_again)
+    monkeypatch.setattr(families, "run_attack", attacked_again)
     # A number of images other than that of the records is not asked for.
     families.main([*asked, "--images", "5", "--parents", first])
     after = cells(families, out)
