@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from gatewatt.cli import rows
-from gatewatt.cli.rows import NotRun, Options, bare_code, compose, merge, plan
+from gatewatt.cli import code, rows
+from gatewatt.cli.code import bare_code
+from gatewatt.cli.rows import NotRun, Options, compose, merge, plan
 from gatewatt.recipes import load_recipes
 from gatewatt.reports.recipe import read_table
 from gatewatt.shipped import find_checkpoint
@@ -141,22 +143,62 @@ def test_a_universal_attack_is_fitted_to_training_images_so_they_count() -> None
     assert key(universal) != before
 
 
-def test_the_code_that_measures_counts_without_its_comments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_code_that_measures_counts_without_its_comments() -> None:
     source = 'def f(x: int) -> int:\n    """What it does.\n\n    More.\n    """\n    # why\n    return x + 1  # one\n'
     assert bare_code(source) == "def f(x: int) -> int:\n    return x + 1"
     assert bare_code(source) == bare_code(source.replace("why", "because")) != bare_code(source.replace("+ 1", "+ 2"))
     assert bare_code('class A: "what"\n') != bare_code('class B: "what"\n')
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str, str], None]]:
+    """The package as a copy that keys look at; call it to add a line to one of its files."""
+    place = tmp_path / "gatewatt"
+    shutil.copytree(code.PACKAGE, place, ignore=shutil.ignore_patterns("__pycache__", "_*"), dirs_exist_ok=True)
+    for init in code.PACKAGE.rglob("__init__.py"):
+        shutil.copy(init, place / init.relative_to(code.PACKAGE))
+    monkeypatch.setattr(code, "PACKAGE", place)
+
+    def forget() -> None:
+        for remembered in (code.imported, code.imports, code.bare_file):
+            remembered.cache_clear()
+
+    def change(name: str, line: str) -> None:
+        with (place / name).open("a") as file:
+            file.write(f"\n{line}\n")
+        forget()
+
+    forget()
+    yield change
+    forget()
+
+
+@pytest.mark.parametrize(
+    "name", ["networks/dvt.py", "networks/vit.py", "attacks/zoo.py", "attacks/loop.py", "gating/gate.py", "data/splits.py", "metrics/record.py"]
+)
+def test_the_code_behind_a_row_changes_its_key(name: str, copied: Callable[[str, str], None]) -> None:
     before = key()
-    for part in rows.MEASURING:
-        shutil.copytree(rows.PACKAGE / part, tmp_path / "package" / part)
-    monkeypatch.setattr(rows, "PACKAGE", tmp_path / "package")
-    rows.code_digest.cache_clear()
+    copied(name, "# a comment")
     assert key() == before
-    changed = tmp_path / "package" / "attacks" / "zoo.py"
-    changed.write_text(changed.read_text() + "\nX = 1\n")
-    rows.code_digest.cache_clear()
+    copied(name, "X = 1")
     assert key() != before
-    rows.code_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["networks/sact.py", "networks/skipnet.py", "gating/hooks.py", "defenses/jpeg.py", "networks/__init__.py", "cli/rows.py"]
+)
+def test_the_code_of_other_rows_does_not(name: str, copied: Callable[[str, str], None]) -> None:
+    before = key()
+    copied(name, "X = 1")
+    assert key() == before
+
+
+def test_code_is_followed_through_packages_and_into_functions(copied: Callable[[str, str], None]) -> None:
+    before = key()
+    copied("networks/dvt.py", "def late():\n    from gatewatt.networks import SACT")
+    after = key()
+    copied("networks/halting_units.py", "X = 1")
+    assert len({before, after, key()}) == 3
 
 
 def test_a_row_is_the_recipe_that_gatewatt_test_would_merge() -> None:

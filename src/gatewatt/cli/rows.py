@@ -1,34 +1,30 @@
 """From a row of a table to the test run that it is: the merged recipe, and the key under which its records lie.
 
 The key is a hash of what determines the records and of nothing else: the merged recipe without what only says where or how comfortably it runs
-(paths, loggers, devices), the bytes of the weights, the test files, and the code that measures. The code itself, not its version: who edits an
-attack in a checkout must not be shown the figures of the attack before. Comments and docstrings do not count. Versions of torch and of the
-machine do not either, since they move last digits only; every summary names them. None of this imports torch, so a table whose records exist is
-rendered at once.
+(paths, loggers, devices), the bytes of the weights, the test files, and the code behind the classes that the recipe names (:mod:`gatewatt.cli.code`).
+The code itself, not its version: who edits an attack in a checkout must not be shown the figures of the attack before. Comments and docstrings do
+not count. Versions of torch and of the machine do not either, since they move last digits only; every summary names them. None of this imports
+torch, so a table whose records exist is rendered at once.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
 import hashlib
-import io
 import json
 import os
-import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gatewatt.cli.code import code_digest
 from gatewatt.recipes import Recipe, load_recipes
 from gatewatt.reports.collect import ReportError
 from gatewatt.reports.recipe import SUBSETS, SWEPT_STEPS, Row, TableRecipe
-from gatewatt.shipped import PACKAGE, find_checkpoint, shipped
+from gatewatt.shipped import find_checkpoint, shipped
 
-MEASURING = ("gating", "networks", "flops", "attacks", "defenses", "metrics", "data", "tasks")
-"""The parts of gatewatt whose code decides what a record says."""
 HARMLESS = frozenset(
     {f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "log_every_n_steps", "profiler")}
     | {f"trainer.enable_{name}" for name in ("checkpointing", "progress_bar", "model_summary")}
@@ -188,14 +184,15 @@ def plan(table: TableRecipe, row: Row, point: float | None, options: Options, *,
     """A row's run and its key; arguments and errors as for :func:`compose`."""
     recipe = compose(table, row, point, options, strip=strip)
     verb = "predict" if strip else "test"
+    settings = determining(recipe.settings)
     identity = {
         "format": FORMAT,
         "verb": verb,
-        "recipe": determining(recipe.settings),
+        "recipe": settings,
         "weights": file_digest(checkpoint_file(row.checkpoint)),
         "source_weights": None if row.source is None else file_digest(checkpoint_file(row.source)),
         "data": data_digest(recipe.settings),
-        "code": code_digest(),
+        "code": code_digest(settings),
     }
     return Planned(label_of(table, row, point, options), verb, recipe, identity)
 
@@ -365,41 +362,3 @@ def folder_digest(folder: Path) -> str:
             path = Path(place, name)
             digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n".encode())
     return digest.hexdigest()
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 of the code of :data:`MEASURING`, without comments, docstrings and empty lines."""
-    digest = hashlib.sha256()
-    for part in MEASURING:
-        for path in sorted((PACKAGE / part).rglob("*.py")):
-            digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0{bare_code(path.read_text(encoding='utf-8'))}\0".encode())
-    return digest.hexdigest()
-
-
-def bare_code(source: str) -> str:
-    r"""Python without comments, docstrings and empty lines.
-
-    Written out again rather than parsed and dumped, whose result differs between versions of Python.
-
-    Example:
-        >>> bare_code('"What it is."\n\nx = 1  # why\ny = "# no comment"\n')
-        'x = 1\ny = "# no comment"'
-    """
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for first, column, last in docstrings(ast.parse(source)):
-        lines[first - 1 : last] = [lines[first - 1][:column], *[""] * (last - first)]
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
-def docstrings(tree: ast.AST) -> Iterator[tuple[int, int, int]]:
-    """First line, its column, and last line of every docstring."""
-    for node in ast.walk(tree):
-        body: Sequence[ast.stmt] = getattr(node, "body", ()) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else ()
-        first = body[0] if body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            yield first.lineno, first.col_offset, first.end_lineno or first.lineno
