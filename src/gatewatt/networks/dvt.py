@@ -109,7 +109,8 @@ def patch_embedding(layout: Layout, window: Window) -> nn.Module:
         return TokensToToken(layout.dim, window)
     if not layout.stem:
         return nn.Conv2d(3, layout.dim, *window)
-    return nn.Sequential(early_convolutions(layout.stem), nn.Conv2d(layout.stem, layout.dim, *(each // 2 for each in window)))
+    kernel, stride, padding = (each // 2 for each in window)
+    return nn.Sequential(early_convolutions(layout.stem), nn.Conv2d(layout.stem, layout.dim, kernel, stride, padding))
 
 
 # ---- from one stage to the next ----
