@@ -56,6 +56,9 @@ def numbers(root: Path, checkpoint: str | None = None) -> Iterator[float]:
         for part in (document, document.get("measured")):
             if isinstance(part, dict) and isinstance(part.get("flops_dense"), (int, float)):
                 yield from (part[key] / part["flops_dense"] for key in part if key.startswith("flops_") and isinstance(part[key], (int, float)))
+    # Pages are rendered from records by the same commands: medians and ratios stand there alone.
+    for path in sorted(root.glob("benchmarks/results/**/*.md")) if checkpoint is None else []:
+        yield from map(float, NUMBER.findall(path.read_text(encoding="utf-8")))
     for path in sorted(root.glob("benchmarks/results/*.csv")) if checkpoint is None else []:
         with path.open(newline="", encoding="utf-8") as stream:
             for row in csv.reader(stream):
