@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,38 @@ def test_an_interrupted_table_goes_on_with_the_run_that_was_cut_short(monkeypatc
     assert report("t.yaml") == 0
     assert again.gammas == [1, 10]
     assert all((folder / "key.json").is_file() for folder in Path("results").iterdir())
+
+
+def test_a_run_that_another_report_holds_is_left_to_it_and_waited_for(fake: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report("t.yaml") == 0
+    (folder,) = (Path("results") / line["key"] for line in lines("report/t.csv") if line["point"] == "0.1")
+    shutil.rmtree("results")
+    Path("results").mkdir()
+    # The other report is a process of its own: it holds the first run, and ends when the third has been started.
+    with subprocess.Popen([sys.executable, "-c", OTHER, str(folder), "results"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        fake.gammas.clear()
+        capsys.readouterr()
+        assert report("t.yaml", "-o", "again") == 0
+    assert other.returncode == 0
+    assert fake.gammas == [1, 10, 0.1]
+    first, *_ = capsys.readouterr().err.splitlines()[1:]
+    assert first.startswith("gatewatt: t: swept, gamma 0.1 (run 1 of 3, results/")
+    assert first.endswith(" is being run by another report")
+    assert {file.suffix for file in Path("results").iterdir()} == {""}
+
+
+OTHER = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+
+with FileLock(sys.argv[1] + ".lock"):
+    print("held", flush=True)
+    while len(list(Path(sys.argv[2]).glob("*/key.json"))) < 2:
+        time.sleep(0.05)
+"""
 
 
 def test_a_run_whose_mark_is_missing_is_made_again(fake: Trainer) -> None:

@@ -2,7 +2,8 @@
 
 Every run is an ordinary ``gatewatt test``, in this process and into a folder of its own, ``results/<key>``. ``key.json`` is written into it last:
 a folder without one is what an interruption left, and the run is made again. So the same command starts a table, goes on with it, and renders
-it when all is there; rows that two tables share are run once, and rows whose checkpoint or data is not there are left out and named.
+it when all is there; rows that two tables share are run once, and rows whose checkpoint or data is not there are left out and named. Several
+reports may share a folder, on one machine or over a file system with locks: each takes the runs that no other holds.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import gc
 import json
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from gatewatt.cli.errors import explain
 from gatewatt.cli.rows import NotRun, Options, Planned, label_of, plan
@@ -73,7 +77,7 @@ def report_tables(
         files: table recipes.
         out: folder for the page, CSV and figures.
         options: what the command line changes about every row.
-        results: folder of the runs, one below it per key. One report at a time writes into it.
+        results: folder of the runs, one below it per key. Reports that run at the same time may share it.
         measuring: whether to run what is missing; otherwise lines without records say so.
         title: first line of a page of several tables.
         figures: whether to draw; needs matplotlib.
@@ -92,9 +96,7 @@ def report_tables(
             print(f"gatewatt: {line}", file=sys.stderr, flush=True)
         needed = {run.key: (table, one, run) for table, lines in asked.values() for one in lines for run in one.runs}
         missing = {key: entry for key, entry in needed.items() if not complete(results / key)}
-        for number, (table, one, planned) in enumerate(missing.values(), 1):
-            print(f"gatewatt: {table.name}: {planned.label} (run {number} of {len(missing)}, {results / planned.key})", file=sys.stderr, flush=True)
-            measure(planned, results / planned.key, one.line.row.place)
+        measure_all(missing, results)
     sections: list[Section] = []
     for table, lines in asked.values():
         sections.append(render_table(table, [one.filled(results) for one in lines], out, figures=figures, formats=formats))
@@ -180,6 +182,44 @@ def lines_of(table: TableRecipe, options: Options) -> Iterator[Asked]:
 def complete(folder: Path) -> bool:
     """Whether a run's folder holds a whole run."""
     return (folder / KEY_FILE).is_file()
+
+
+def measure_all(missing: Mapping[str, tuple[TableRecipe, Asked, Planned]], results: Path) -> None:
+    """Run what is missing, one after the other. What another report is running is left to it, and waited for at the end.
+
+    Raises:
+        ReportError: as :func:`measure`.
+        SystemExit: likewise.
+    """
+    turns = deque((number, entry, False) for number, entry in enumerate(missing.values(), 1))
+    while turns:
+        number, (table, one, planned), wait = turns.popleft()
+        folder = results / planned.key
+        said = f"{table.name}: {planned.label} (run {number} of {len(missing)}, {folder})"
+        try:
+            with claim(folder, wait=wait) as still_missing:
+                if still_missing:
+                    print(f"gatewatt: {said}", file=sys.stderr, flush=True)
+                    measure(planned, folder, one.line.row.place)
+        except Timeout:
+            print(f"gatewatt: {said} is being run by another report", file=sys.stderr, flush=True)
+            turns.append((number, (table, one, planned), True))
+
+
+@contextmanager
+def claim(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Keep other reports away from a run's folder; the value says whether the run is still to be made. A claim ends with its process.
+
+    Raises:
+        Timeout: another report has claimed it, and ``wait`` is false.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    with lock.acquire(blocking=wait):
+        yield not complete(folder)
+        if complete(folder):
+            # Whoever still waits for this file finds the run complete.
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def measure(planned: Planned, folder: Path, place: str) -> None:
