@@ -11,6 +11,8 @@ from tests.training import QUIET, batches, digits, skipnet, trainer
 
 from gatewatt.attacks import EnergyAttack, GradMDM, LinfBall
 from gatewatt.callbacks import RecoveryCallback
+from gatewatt.callbacks.recovery import title
+from gatewatt.defenses import JPEG, Defended, FixedRoute
 from gatewatt.flops import audit
 from gatewatt.objectives import EnergyAdversarialObjective
 from gatewatt.tasks import DynamicTraining, EnergyAdversarialTraining, Optimization
@@ -61,6 +63,11 @@ def test_the_last_epoch_is_always_measured_and_others_every_so_often(tmp_path: P
     run.fit(DynamicTraining(skipnet(), optimization=STEADY), digits())
     assert [row["epoch"] for row in recovery.history] == [1, 3, 4]
     assert all({"val/recovery_percent", "val/accuracy", "val/flops_clean"} <= row.keys() for row in recovery.history)
+
+
+def test_the_table_names_the_network_and_what_stands_before_it() -> None:
+    assert title(skipnet()) == "SkipNet"
+    assert title(Defended(FixedRoute(skipnet(), ["block1"]), JPEG(75))) == "SkipNet behind JPEG + FixedRoute"
 
 
 def test_the_sanity_check_is_no_epoch(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from gatewatt.attacks import Attack, GradMDM
 from gatewatt.callbacks.console import mflops, percent, print_table
 from gatewatt.data.batch import Batch
 from gatewatt.data.loader import evaluated_ids
-from gatewatt.gating import measuring_execution
+from gatewatt.defenses import bare, described
+from gatewatt.gating import DynamicNetwork, measuring_execution
 from gatewatt.metrics import MeanFlops, RecoveryPercent
 from gatewatt.metrics.distortion import mse_levels2, round_to_8bit
 from gatewatt.metrics.record import psnr_of_mse
@@ -121,7 +122,7 @@ class RecoveryCallback(L.Callback):
                 ]
             )
         print_table(
-            f"{type(pl_module.network).__name__} under {self.attack} (dense {mflops(dense)})",
+            f"{title(pl_module.network)} under {self.attack} (dense {mflops(dense)})",
             ["after epoch", "accuracy", "FLOPs clean", "of dense", "FLOPs adversarial", "recovery", "recovery 8-bit", "PSNR dB"],
             rows,
             caption=f"1 MAC = 1 FLOP. Accuracy and clean FLOPs over the validation set; the attack over its first {self.images} images.",
@@ -130,3 +131,9 @@ class RecoveryCallback(L.Callback):
     def _chosen(self, trainer: L.Trainer, batch: Batch) -> Tensor:
         first = torch.tensor(evaluated_ids(trainer.val_dataloaders)[: self.images], device=batch.ids.device)
         return torch.isin(batch.ids, first)
+
+
+def title(network: DynamicNetwork) -> str:
+    """A network by its class, and by what stands before it."""
+    name, defense = type(bare(network)).__name__, described(network)
+    return f"{name} behind {defense['name']}" if defense else name
