@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_a_script_is_accepted_by_its_shell(shell: str, tmp_path: Path, capsys: p
         pytest.skip(f"there is no {shell} here")
     (tmp_path / "script").write_text(script(shell, capsys))
     subprocess.run([shell, "-n", str(tmp_path / "script")], check=True, capture_output=True)
+
+
+def test_fish_offers_recipes_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("there is no fish here")
+    (tmp_path / "script").write_text(script("fish", capsys))
+    for typed, offered in (("fit -c quick", "quickstart"), ("audit --checkpoint dvt-small", "dvt-small-digits")):
+        command = f"source {tmp_path / 'script'}; complete -C 'gatewatt {typed}'"
+        answer = subprocess.run(["fish", "-c", command], check=True, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)})
+        assert [line.split("\t")[0] for line in answer.stdout.splitlines()] == [offered]
 
 
 @pytest.mark.parametrize(

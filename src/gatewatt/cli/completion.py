@@ -98,17 +98,18 @@ def fish(verbs: Mapping[str, str]) -> str:
     """For fish."""
     lines = ["# gatewatt completion fish | source", "complete -c gatewatt -f"]
     lines += [f"complete -c gatewatt -n __fish_use_subcommand -a {verb} -d {quoted(line)}" for verb, line in verbs.items()]
-    recipes, checkpoints = " ".join(runnable()), " ".join(shipped("checkpoints", ".safetensors"))
+    # Written once, since every verb takes them.
+    lines += [f"set -l recipes {' '.join(runnable())}", f"set -l checkpoints {' '.join(shipped('checkpoints', '.safetensors'))}"]
     for verb, flags in FLAGS.items():
         seen = f"complete -c gatewatt -n '__fish_seen_subcommand_from {verb}'"
         if verb == "report":
             lines.append(f"{seen} -F -a {quoted(' '.join(tables()))} -d table")
         else:
-            lines.append(f"{seen} -s c -l config -r -F -a {quoted(recipes)} -d recipe")
+            lines.append(f'{seen} -s c -l config -r -F -a "$recipes" -d recipe')
         for flag in flags:
             name = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
             if flag in ("--checkpoint", "--source", "--model.checkpoint"):
-                lines.append(f"{seen} {name} -r -F -a {quoted(checkpoints)}")
+                lines.append(f'{seen} {name} -r -F -a "$checkpoints"')
             elif flag in VALUES:
                 lines.append(f"{seen} {name} -x -a {quoted(VALUES[flag])}")
             else:
