@@ -47,10 +47,10 @@ def stands(token: str, known: list[float]) -> bool:
 
 
 def numbers(root: Path, checkpoint: str | None = None) -> Iterator[float]:
-    """Every number of the result files of a source tree, or of those of one checkpoint, and FLOPs as shares of dense."""
+    """Every number of the result files of a source tree, or of those named after one checkpoint, and FLOPs as shares of dense."""
     for path in sorted([*root.glob("checkpoints/*.json"), *root.glob("benchmarks/results/**/*.json")]):
         document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or (checkpoint is not None and checkpoint not in (path.stem, tested(document))):
+        if not isinstance(document, dict) or (checkpoint is not None and checkpoint not in (path.stem, path.parent.name, tested(document))):
             continue
         yield from numbers_in(document)
         for part in (document, document.get("measured")):
