@@ -6,7 +6,8 @@ Every checkpoint leaves summary.json, records.csv and dense.json in benchmarks/r
 again, and what its dense.json lacks is measured on the images of its records. The table is rendered from these files. FOLDER holds
 test/<class>/* of CIFAR-10, for checkpoints trained on it; digits are embedded.
 
-Each FILE is a static parent, exported by a stage trained dense: what the card of a checkpoint says that it started from, found by its file name.
+Each FILE is a static parent, exported by a stage trained dense, or a stage between: what the card of a checkpoint says that it started from, and
+the cards of those, found by their file names.
 """
 
 from __future__ import annotations
@@ -78,20 +79,35 @@ def task_of(name: str) -> dict[str, Any]:
     return recipe.get("model", {}).get("init_args", {})
 
 
+def origin_of(name: str) -> str:
+    """File name, without its suffix, of what the card of a checkpoint says that it started from; empty if nothing."""
+    return Path(task_of(name).get("checkpoint") or "").stem
+
+
 def parents_of(names: Sequence[str], files: Sequence[str]) -> dict[str, str]:
-    """Checkpoint -> that of ``files`` which its card says that it started from.
+    """Checkpoint -> that of ``files`` which was trained dense, and which its card, or those of the stages between, say that it started from.
 
     Raises:
-        SystemExit: for a file that no card names, or that was not trained dense: an earlier stage of a dynamic network is no static counterpart.
+        SystemExit: for a file that no card on the way names, or one that was neither trained dense nor started from a file given here: an earlier
+            stage of a dynamic network is no static counterpart.
     """
     given = {find_checkpoint(file).stem: file for file in files}
-    started = {name: Path(task_of(name).get("checkpoint") or "").stem for name in names}
-    for stem, file in given.items():
-        if stem not in started.values():
-            raise SystemExit(f"--parents: the cards of these checkpoints name {', '.join(filter(None, started.values())) or 'no parent'}, not {stem}")
-        if task_of(file).get("execution") != "dense":
-            raise SystemExit(f"--parents: {file} was not trained with execution dense, so it is no static counterpart")
-    return {name: given[stem] for name, stem in started.items() if stem in given}
+    parents: dict[str, str] = {}
+    named: set[str] = set()
+    for name in names:
+        stems = [origin_of(name)]
+        while stems[-1] in given and task_of(given[stems[-1]]).get("execution") != "dense":
+            file, before = given[stems[-1]], origin_of(given[stems[-1]])
+            if before not in given or before in stems:
+                raise SystemExit(f"--parents: {file} was not trained with execution dense, and none that was is given behind it")
+            stems.append(before)
+        if stems[-1] in given:
+            parents[name] = given[stems[-1]]
+            named.update(stems)
+    if unnamed := sorted(given.keys() - named):
+        started = ", ".join(filter(None, map(origin_of, names)))
+        raise SystemExit(f"--parents: the cards of these checkpoints name {started or 'no parent'}, not {unnamed[0]}")
+    return parents
 
 
 def compare(name: str, data: ImageData, parent: str | None, folder: Path) -> None:
@@ -186,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gamma", type=float, default=100.0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--precision", default="32-true", help="of crafting, such as bf16-mixed; figures are taken in float32 in any case")
-    parser.add_argument("--parents", nargs="+", default=[], metavar="FILE", help="static parents of these checkpoints")
+    parser.add_argument("--parents", nargs="+", default=[], metavar="FILE", help="static parents of these checkpoints, and the stages between")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families"))
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

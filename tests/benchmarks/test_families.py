@@ -107,9 +107,23 @@ def test_a_file_that_is_no_static_parent_is_refused(families: ModuleType, child:
     with pytest.raises(SystemExit, match="cards of these checkpoints name first, not other"):
         families.parents_of([child], [other])
     assert families.parents_of([child, other], [first]) == {child: first}
+    with pytest.raises(SystemExit, match="cards of these checkpoints name first, not other"):
+        families.parents_of([child], [first, other])
     stored(tmp_path, "first", 5, "execution: masked")
     with pytest.raises(SystemExit, match="first.safetensors was not trained with execution dense"):
         families.parents_of([child], [first])
+
+
+def test_a_static_parent_is_found_behind_the_stages_between(families: ModuleType, child: str, first: str, tmp_path: Path) -> None:
+    second = stored(tmp_path, "second", 6, "checkpoint: runs/stage1/first.safetensors, execution: masked")
+    third = stored(tmp_path, "third", 7, "checkpoint: second.safetensors")
+    assert families.parents_of([third, second, child], [first, second]) == {third: first, second: first, child: first}
+    with pytest.raises(SystemExit, match="second.safetensors was not trained with execution dense, and none that was is given behind it"):
+        families.parents_of([third], [second])
+    for name, origin in [("second", "third"), ("third", "second")]:
+        stored(tmp_path, name, 6, f"checkpoint: {origin}.safetensors")
+    with pytest.raises(SystemExit, match="was not trained with execution dense"):
+        families.parents_of([third], [second, third])
 
 
 def test_what_has_no_images_at_hand_is_left_out(families: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
