@@ -66,6 +66,28 @@ def test_two_tables_of_one_call_run_a_common_row_once_and_share_a_page(fake: Tra
     assert page.count("Units and definitions:") == 1
 
 
+def test_what_was_found_stands_below_what_the_paper_says(fake: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("results").mkdir()
+    found = Path("results/findings.yaml")
+    found.write_text("t: >-\n  It holds,\n  at a large error.\n")
+    assert report("t.yaml") == 0
+    page = Path("report/t.md").read_text()
+    claim, here = "The paper: nothing of it.\n", "Here: It holds, at a large error.\n"
+    assert f"{claim}\n{here}" in page
+    found.write_text("u: of a table that is there as well\n")
+    Path("u.yaml").write_text(TABLE)
+    assert report("t.yaml") == 0
+    assert Path("report/t.md").read_text() == page.replace(f"{here}\n", "")
+    capsys.readouterr()
+    for text, message in [("v: of no table\n", "there is no table of that name; there are t, u"), ("\nt: [1]\n", "t: must be a text")]:
+        found.write_text(text)
+        assert report("t.yaml") == 2
+        error = capsys.readouterr().err
+        assert f"findings.yaml:{text.count(chr(10))}: " in error
+        assert message in error
+    assert fake.gammas == [0.1, 1, 10]
+
+
 def test_an_interrupted_table_goes_on_with_the_run_that_was_cut_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     killed = Trainer(fails_at=2)
     monkeypatch.setattr(trainer, "run", killed)

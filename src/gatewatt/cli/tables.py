@@ -27,7 +27,7 @@ from gatewatt.recipes import Recipe
 from gatewatt.reports.collect import ReportError, load_run
 from gatewatt.reports.paper import Line, Section, render_page, render_table
 from gatewatt.reports.plots import STRIP_FILE
-from gatewatt.reports.recipe import TableRecipe, read_table
+from gatewatt.reports.recipe import TableRecipe, read_findings, read_table
 
 KEY_FILE = "key.json"
 """What a run's key is the hash of; the mark of a complete run."""
@@ -77,7 +77,8 @@ def report_tables(
         files: table recipes.
         out: folder for the page, CSV and figures.
         options: what the command line changes about every row.
-        results: folder of the runs, one below it per key. Reports that run at the same time may share it.
+        results: folder of the runs, one below it per key, and of what was found in them, if that is written down
+            (:data:`~gatewatt.reports.recipe.FINDINGS_FILE`). Reports that run at the same time may share it.
         measuring: whether to run what is missing; otherwise lines without records say so.
         title: first line of a page of several tables.
         figures: whether to draw; needs matplotlib.
@@ -91,6 +92,7 @@ def report_tables(
     """
     # All of them before the first run: a slip in the last table should not come out after hours.
     asked = ask(files, options)
+    findings = read_findings(results, [table for table, _ in asked.values()])
     if measuring:
         for line in left_out(asked):
             print(f"gatewatt: {line}", file=sys.stderr, flush=True)
@@ -99,7 +101,8 @@ def report_tables(
         measure_all(missing, results)
     sections: list[Section] = []
     for table, lines in asked.values():
-        sections.append(render_table(table, [one.filled(results) for one in lines], out, figures=figures, formats=formats))
+        filled, finding = [one.filled(results) for one in lines], findings.get(table.name, "")
+        sections.append(render_table(table, filled, out, finding=finding, figures=figures, formats=formats))
     if len(asked) == 1:
         (name,) = asked
         page = write_text(out / f"{name}.md", render_page(asked[name][0].title, sections))

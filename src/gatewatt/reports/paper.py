@@ -96,13 +96,16 @@ class RowPanel(Panel):
         return super().title + (f", subset {self.subset}" if self.subset else "")
 
 
-def render_table(table: TableRecipe, lines: Sequence[Line], out: Path, *, figures: bool = True, formats: Sequence[str] = ("png",)) -> Section:
+def render_table(
+    table: TableRecipe, lines: Sequence[Line], out: Path, *, finding: str = "", figures: bool = True, formats: Sequence[str] = ("png",)
+) -> Section:
     """Render one table into ``out``.
 
     Args:
         table: the recipe.
         lines: its lines, in order.
         out: folder for CSV and figures.
+        finding: what came out and why, in words; stands below what the paper says.
         figures: whether to draw; needs matplotlib.
         formats: suffixes of the figures, ``png`` or ``svg``.
 
@@ -115,7 +118,8 @@ def render_table(table: TableRecipe, lines: Sequence[Line], out: Path, *, figure
     measured = {line.label: measure(line.run, table.columns) for line in lines if line.run is not None}
     files = [write_text(out / f"{table.name}.csv", lines_csv(table, lines, measured))]
     pictures = draw(table, lines, measured, out, formats) if figures and measured else []
-    text = [f"## {table.title}\n", f"The paper: {table.claim}\n", "".join(f"- {fact}\n" for fact in facts(table, lines))]
+    text = [f"## {table.title}\n", f"The paper: {table.claim}\n", *([f"Here: {finding}\n"] if finding else [])]
+    text += ["".join(f"- {fact}\n" for fact in facts(table, lines))]
     # One picture of each is enough to read; the other formats lie beside it.
     text += [f"![{table.title}]({path.name})\n" for path in pictures if path.suffix == f".{formats[0]}"]
     text.append(lines_table(table, lines, measured).markdown())

@@ -6,7 +6,7 @@ checkpoint, whose card gives network and data set, recipe fragments, and fields 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +25,9 @@ SWEPT_STEPS = "times_steps"
 """The one field of a sweep that is not a recipe's: multiples of the table's steps."""
 SUBSETS = ("A", "B")
 """Of the test images, as many in each as the table has, and none in both: what is chosen on A is reported on B."""
+
+FINDINGS_FILE = "findings.yaml"
+"""In a folder of results: table name -> what came out and why, in words. It is of these records alone, so it does not stand in the recipe."""
 
 _TABLE = ("title", "claim", "numbering", "note", "columns", "plot", "strip", "images", "steps", "common", "rows")
 _ROW = ("label", "checkpoint", "source", "data", "recipes", "fields", "sweep", "subsets", "times_steps", "paper")
@@ -178,6 +181,31 @@ def read_table(path: str | Path) -> TableRecipe:
     )
 
 
+def read_findings(results: Path, tables: Sequence[TableRecipe]) -> dict[str, str]:
+    """What :data:`FINDINGS_FILE` in a folder of results says of each table; nothing if there is none.
+
+    Args:
+        results: the folder.
+        tables: what is reported. The file may have findings on tables beside them too.
+
+    Raises:
+        RecipeError: for a file that cannot be read.
+        ReportError: for a finding that is no text, or on a table that there is not, with file and line.
+    """
+    path = results / FINDINGS_FILE
+    if not path.is_file():
+        return {}
+    recipe = load_recipes([path])
+    known = {file.stem for table in tables for file in table.path.parent.glob("*.yaml")}
+    for name, text in recipe.settings.items():
+        place = recipe.origins[name,]
+        if name not in known:
+            raise ReportError(f"{place}: {name}: there is no table of that name; {_hint(name, sorted(known))}")
+        if not isinstance(text, str) or not text.strip():
+            raise ReportError(f"{place}: {name}: must be a text, what came out in the table of that name; got {text!r}")
+    return {name: " ".join(text.split()) for name, text in recipe.settings.items()}
+
+
 def _rows(common: Mapping[str, Any], given: Any, recipe: Recipe, index: int) -> list[Row]:
     """A recipe's row: as it is, or once for each subset."""
     place = str(recipe.origins["rows", str(index)])
@@ -224,10 +252,14 @@ def _check_keys(given: Any, allowed: tuple[str, ...], recipe: Recipe, key: tuple
         raise ReportError(f"{recipe.origins[key]}: {'.'.join(key)}: must be a mapping, got {given!r}")
     for name in given:
         if name not in allowed:
-            near = get_close_matches(name, allowed, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(allowed)}"
             where = (*key, name)
-            raise ReportError(f"{recipe.origins[where]}: {'.'.join(where)}: there is no such key in a table recipe; {hint}")
+            raise ReportError(f"{recipe.origins[where]}: {'.'.join(where)}: there is no such key in a table recipe; {_hint(name, allowed)}")
+
+
+def _hint(name: str, allowed: Sequence[str]) -> str:
+    """What may have been meant."""
+    near = get_close_matches(name, allowed, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(allowed)}"
 
 
 def _plain(name: str) -> str:
