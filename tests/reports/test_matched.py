@@ -109,7 +109,28 @@ def test_methods_without_a_common_range_a_line_or_a_partner_are_said_to_be_left_
     matched = match(panel_of(tmp_path))
     assert matched.points == ()
     assert any("Eq5 is left out" in note and "it has 1" in note for note in matched.notes)
-    assert any("share no MSE range" in note for note in matched.notes)
+    assert "no two methods share an MSE range: GradMDM 1 to 2, Power 10 to 20" in matched.notes
+
+
+def test_a_method_that_shares_no_range_with_the_others_leaves_them_comparable(tmp_path):
+    def panel_with(name, **ends):
+        for method, (low, high) in ends.items():
+            write_run(tmp_path / name / f"{method}-low", method=method, gamma=1.0, mse=low)
+            write_run(tmp_path / name / f"{method}-high", method=method, gamma=0.1, mse=high)
+        return panel_of(tmp_path / name)
+
+    others = {"GradMDM": (10, 100), "Power": (20, 200), "CGM": (1000, 10000), "Eq5": (900, 9000)}
+    panel = panel_with("near", **others, Eq6=(25, 250))
+    matched = match(panel)
+    assert {point.method for point in matched.points} == {"GradMDM", "Power", "Eq6"}
+    assert all(25 <= value <= 100 for value in matched.mse_levels2)
+    said = "Eq5 is left out: its MSE values, 900 to 9e+03, share no range with those of the others"
+    assert sorted(note.partition(" ")[0] for note in matched.notes) == ["CGM", "Eq5"]
+    assert said in matched.notes
+    with pytest.raises(ValueError, match="outside 25 to 100"):
+        match(panel, mse_levels2=[950])
+    # Of as many methods, those with more in common.
+    assert {point.method for point in match(panel_with("wide", **others, Eq6=(25, 9000))).points} == {"CGM", "Eq5", "Eq6"}
 
 
 @pytest.mark.parametrize(

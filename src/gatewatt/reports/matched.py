@@ -7,7 +7,7 @@ its runs. One resample of images serves all runs of a panel, so what two methods
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -95,13 +95,14 @@ def match(
     Args:
         panel: runs on the same images.
         image: which adversarial image to measure.
-        mse_levels2: values to compare at; by default round ones inside the range that every method covers.
+        mse_levels2: values to compare at; by default round ones inside the range that every method covers. One that shares no range with the
+            others is left out, and the notes say so.
         draws: bootstrap resamples.
         seed: of the resampling.
         level: coverage of the intervals in percent, for each comparison by itself.
 
     Raises:
-        ValueError: if a value of ``mse_levels2`` lies outside the range that every method covers: nothing is extrapolated.
+        ValueError: if a value of ``mse_levels2`` lies outside the range that the compared methods cover: nothing is extrapolated.
     """
     notes: list[str] = []
     if (fault := _not_one_network(panel)) is not None:
@@ -116,14 +117,20 @@ def match(
     if len(curves) < 2:
         return Matched(image, (), (), (), (*notes, "fewer than two methods have a line: nothing to compare"))
 
-    low = max(_mean_mse(runs[0], image) for runs in curves.values())
-    high = min(_mean_mse(runs[-1], image) for runs in curves.values())
-    if low >= high:
-        return Matched(image, (), (), (), (*notes, f"the methods share no MSE range: one starts at {low:.3g}, another ends at {high:.3g}"))
+    ranges = {method: (_mean_mse(runs[0], image), _mean_mse(runs[-1], image)) for method, runs in curves.items()}
+    together = _overlapping(ranges)
+    if len(together) < 2:
+        covered = ", ".join(f"{method} {low:.3g} to {high:.3g}" for method, (low, high) in ranges.items())
+        return Matched(image, (), (), (), (*notes, f"no two methods share an MSE range: {covered}"))
+    low, high = max(ranges[method][0] for method in together), min(ranges[method][1] for method in together)
+    for method in [method for method in curves if method not in together]:
+        start, end = ranges[method]
+        notes.append(f"{method} is left out: its MSE values, {start:.3g} to {end:.3g}, share no range with those of the others")
+        del curves[method]
     values = round_values(low, high) if mse_levels2 is None else tuple(sorted(mse_levels2))
     for value in values:
         if not low <= value <= high:
-            raise ValueError(f"MSE {value:g} lies outside {low:.3g} to {high:.3g}, the range that every method covers")
+            raise ValueError(f"MSE {value:g} lies outside {low:.3g} to {high:.3g}, the range that the compared methods cover")
 
     samples = _interpolated(list(curves.values()), np.log(values), image, draws=draws, seed=seed)
     recovery = dict(zip(curves, samples, strict=True))
@@ -133,6 +140,19 @@ def match(
         for method, found in recovery.items()
     )
     return Matched(image, values, points, tuple(_orderings(panel, recovery, values, level)), tuple(notes))
+
+
+def _overlapping(ranges: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The most methods whose ranges of MSE all overlap, in order; of as many, those with the widest range in common."""
+    found: list[str] = []
+    width = 0.0
+    # The range that a group shares begins where one of its methods begins.
+    for start, _ in ranges.values():
+        group = [method for method, (low, high) in ranges.items() if low <= start < high]
+        shared = math.log(min((ranges[method][1] for method in group), default=start) / start)
+        if (len(group), shared) > (len(found), width):
+            found, width = group, shared
+    return found
 
 
 def _orderings(panel: Panel, recovery: dict[str, Column], values: Sequence[float], level: float) -> list[Ordering]:
