@@ -249,6 +249,20 @@ def test_what_is_not_there_is_a_reason_and_no_error(text: str, options: Options,
     assert str(caught.value) == reason
 
 
+def test_records_of_images_that_are_not_at_hand_are_found_by_what_was_asked_of_the_run() -> None:
+    Path("t.yaml").write_text(ON_FILES)
+    table = read_table("t.yaml")
+    there = plan(table, table.rows[0], None, Options(roots={"cifar10": Path("data")}))
+    absent = plan(table, table.rows[0], None, Options(measuring=False))
+    assert (absent.asked, absent.identity["data"]) == (there.asked, None)
+    assert absent.key != there.key
+    other = plan(table, table.rows[0], None, Options(measuring=False, steps=7))
+    assert other.asked != there.asked
+    # A folder that is named must be there even so.
+    with pytest.raises(NotRun, match="no folder nowhere/test"):
+        plan(table, table.rows[0], None, Options(roots={"cifar10": Path("nowhere")}, measuring=False))
+
+
 def test_cifar_10_in_its_authors_files_is_read_as_such() -> None:
     Path("data/cifar-10-batches-py").mkdir()
     Path("t.yaml").write_text(ON_FILES)

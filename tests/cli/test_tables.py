@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.cli.tables import TABLE, Trainer, report
 
-from gatewatt.cli import main, trainer
+from gatewatt.cli import main, rows, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +175,30 @@ def test_a_folder_of_tables_is_a_page_of_what_has_been_measured(fake: Trainer) -
     shutil.rmtree("results")
     assert report("t.yaml", "--no-run") == 0
     assert len(fake.gammas) == 3
+
+
+def test_a_page_is_made_of_records_of_older_code_and_says_so_but_a_report_runs_them_anew(fake: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report("t.yaml") == 0
+    page = Path("report/t.md").read_text()
+    assert report("t.yaml", "--no-run") == 0
+    assert Path("report/t.md").read_text() == page
+    monkeypatch.setattr(rows, "code_digest", lambda settings: "changed")
+    assert report("t.yaml", "--no-run") == 0
+    said = "- 3 of 3 runs were measured by code that has changed since.\n"
+    assert Path("report/t.md").read_text() == page.replace("- 1 of 4 runs", f"{said}- 1 of 4 runs")
+    assert {line["key"] for line in lines("report/t.csv")[:3]} == {path.name for path in Path("results").iterdir()}
+    assert fake.gammas == [0.1, 1, 10]
+    assert report("t.yaml") == 0
+    assert fake.gammas == [0.1, 1, 10] * 2
+    # Those of both versions serve, each for its own.
+    assert report("t.yaml", "--no-run") == 0
+    assert Path("report/t.md").read_text() == page
+    monkeypatch.setattr(rows, "code_digest", lambda settings: "changed again")
+    assert report("t.yaml", "--no-run") == 0
+    assert Path("report/t.md").read_text().count("not run: there are several records of it, ") == 3
+    mark = next(Path("results").glob("*/key.json"))
+    mark.write_text("{}")
+    assert report("t.yaml", "--no-run") == 2
 
 
 def test_a_dry_run_lists_and_counts_what_a_report_would_run_and_runs_nothing(fake: Trainer, capsys: pytest.CaptureFixture[str]) -> None:

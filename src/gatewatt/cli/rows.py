@@ -74,6 +74,7 @@ class Options:
         steps: steps of the attacks, instead of the table's.
         seed: of the runs.
         fields: dotted field -> value.
+        measuring: whether rows are to be run. Otherwise they may do without the folder of their images: records of them may be there.
     """
 
     roots: Mapping[str, Path] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Options:
     steps: int | None = None
     seed: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
+    measuring: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,16 @@ class Planned:
     def key(self) -> str:
         """Name of the run's folder."""
         return hashlib.sha256(canonical(self.identity).encode()).hexdigest()[:16]
+
+    @property
+    def asked(self) -> str:
+        """What was asked of the run: the same network, attack and images, by whatever code, and from whatever folder if none is given."""
+        return asked_of(self.identity)
+
+
+def asked_of(identity: Mapping[str, Any]) -> str:
+    """:attr:`Planned.asked` of an identity."""
+    return canonical({key: value for key, value in identity.items() if key not in ("code", "data")})
 
 
 def label_of(table: TableRecipe, row: Row, point: float | None, options: Options) -> str:
@@ -176,7 +188,8 @@ def compose(table: TableRecipe, row: Row, point: float | None, options: Options,
             merge(settings, key, value)
         except KeyError as error:
             raise ReportError(f"{row.place}: {key}: {error.args[0]}") from None
-    check_data(settings, name)
+    if options.measuring or root is not None:
+        check_data(settings, name)
     return recipe
 
 

@@ -4,6 +4,9 @@ Every run is an ordinary ``gatewatt test``, in this process and into a folder of
 a folder without one is what an interruption left, and the run is made again. So the same command starts a table, goes on with it, and renders
 it when all is there; rows that two tables share are run once, and rows whose checkpoint or data is not there are left out and named. Several
 reports may share a folder, on one machine or over a file system with locks: each takes the runs that no other holds.
+
+Where nothing is to be run, records are rendered although the images that they were measured on are not at hand, or the code has changed since; the
+page says the latter.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from gatewatt.cli.errors import explain
-from gatewatt.cli.rows import NotRun, Options, Planned, label_of, plan
+from gatewatt.cli.rows import NotRun, Options, Planned, asked_of, label_of, plan
 from gatewatt.files import write_text
 from gatewatt.recipes import Recipe
 from gatewatt.reports.collect import ReportError, load_run
@@ -45,8 +50,12 @@ class Asked:
     def __init__(self, line: Line, runs: Sequence[Planned]) -> None:
         self.line, self.runs = line, runs
 
-    def filled(self, results: Path) -> Line:
+    def filled(self, results: Path, kept: Mapping[str, Sequence[Kept]] = MappingProxyType({})) -> Line:
         """The line with what has been measured.
+
+        Args:
+            results: folder of the runs.
+            kept: records that may serve although their key is another, see :func:`kept_records`.
 
         Raises:
             ReportError: for records that do not add up.
@@ -54,10 +63,32 @@ class Asked:
         if not self.runs:
             return self.line
         folders = [results / run.key for run in self.runs]
+        older = False
         if not all(map(complete, folders)):
-            return replace(self.line, reason=UNMEASURED)
+            others = [[one for one in kept.get(run.asked, ()) if run.identity["data"] in (None, one.data)] for run in self.runs]
+            if not all(others):
+                return replace(self.line, reason=UNMEASURED)
+            if (several := next((found for found in others if len(found) > 1), None)) is not None:
+                names = " and ".join(one.folder.name for one in several)
+                return replace(self.line, reason=f"there are several records of it, {names}; remove those of older code")
+            folders = [found[0].folder for found in others]
+            older = any(found[0].code != run.identity["code"] for found, run in zip(others, self.runs, strict=True))
         strip = folders[1] / STRIP_FILE if len(folders) > 1 else None
-        return replace(self.line, run=load_run(folders[0], self.line.label), strip=strip)
+        return replace(self.line, key=folders[0].name, run=load_run(folders[0], self.line.label), strip=strip, older=older)
+
+
+class Kept(NamedTuple):
+    """Records that are there.
+
+    Attributes:
+        folder: where they lie.
+        code: hash of the code that measured them.
+        data: hash of their images' names and sizes; None for embedded ones.
+    """
+
+    folder: Path
+    code: str
+    data: str | None
 
 
 def report_tables(
@@ -91,6 +122,7 @@ def report_tables(
         ReportError: for a table recipe or a row that is wrong, in one line; of what was measured nothing is lost.
     """
     # All of them before the first run: a slip in the last table should not come out after hours.
+    options = replace(options, measuring=measuring)
     asked = ask(files, options)
     findings = read_findings(results, [table for table, _ in asked.values()])
     if measuring:
@@ -99,9 +131,10 @@ def report_tables(
         needed = {run.key: (table, one, run) for table, lines in asked.values() for one in lines for run in one.runs}
         missing = {key: entry for key, entry in needed.items() if not complete(results / key)}
         measure_all(missing, results)
+    kept = {} if measuring else kept_records(results)
     sections: list[Section] = []
     for table, lines in asked.values():
-        filled, finding = [one.filled(results) for one in lines], findings.get(table.name, "")
+        filled, finding = [one.filled(results, kept) for one in lines], findings.get(table.name, "")
         sections.append(render_table(table, filled, out, finding=finding, figures=figures, formats=formats))
     if len(asked) == 1:
         (name,) = asked
@@ -185,6 +218,22 @@ def lines_of(table: TableRecipe, options: Options) -> Iterator[Asked]:
 def complete(folder: Path) -> bool:
     """Whether a run's folder holds a whole run."""
     return (folder / KEY_FILE).is_file()
+
+
+def kept_records(results: Path) -> dict[str, list[Kept]]:
+    """Every complete run by what was asked of it, whatever code measured it on whatever folder of images.
+
+    Raises:
+        ReportError: for a run whose mark cannot be read.
+    """
+    found: dict[str, list[Kept]] = {}
+    for mark in sorted(results.glob(f"*/{KEY_FILE}")):
+        try:
+            identity = json.loads(mark.read_text(encoding="utf-8"))
+            found.setdefault(asked_of(identity), []).append(Kept(mark.parent, identity["code"], identity["data"]))
+        except (ValueError, LookupError, AttributeError):
+            raise ReportError(f"{mark} cannot be read; remove {mark.parent}, and its run is made again") from None
+    return found
 
 
 def measure_all(missing: Mapping[str, tuple[TableRecipe, Asked, Planned]], results: Path) -> None:

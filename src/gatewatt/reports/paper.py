@@ -50,6 +50,7 @@ class Line:
         run: the run, named by the label.
         strip: the row's images, if the table shows some.
         reason: why there is no run.
+        older: whether the records were measured by code that has changed since.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Line:
     run: Run | None = None
     strip: Path | None = None
     reason: str = ""
+    older: bool = False
 
 
 class Section(NamedTuple):
@@ -148,6 +150,8 @@ def facts(table: TableRecipe, lines: Sequence[Line]) -> list[str]:
         told.append(versions_text(runs))
     if any(line.row.subset for line in lines):
         told.append(HALVES)
+    if older := sum(line.older for line in lines):
+        told.append(f"{older} of {len(runs)} runs were measured by code that has changed since.")
     missing = sum(line.run is None for line in lines)
     if missing:
         told.append(f"{missing} of {len(lines)} runs have no records; the remark says why.")
