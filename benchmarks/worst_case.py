@@ -35,7 +35,7 @@ from families import data_of
 
 from gatewatt import load
 from gatewatt.attacks import Attack, AutoEnergy, Ball, DeepSloth, GradMDM, L2Ball, LinfBall, NoGradientError, Noise, ProjectedAttack
-from gatewatt.attacks.auto import MEMBERS, member
+from gatewatt.attacks.auto import LONG, MEMBERS, member
 from gatewatt.cli.quiet import quiet
 from gatewatt.data import ImageData
 from gatewatt.files import write_text
@@ -82,8 +82,8 @@ def single(name: str, norm: Norm, eps: float, steps: int, *, exits: bool, pixels
     if name in MEMBERS:
         return member(name, space, steps)
     if name == "pgd-long":
-        # As many gradients as the ensemble: four members with one a step, and a second one for masking.
-        return ProjectedAttack(space=space, steps=5 * steps, name=name)
+        # As many gradients as the ensemble: the long member, three with one a step, a second one for masking, and the last descent.
+        return ProjectedAttack(space=space, steps=(LONG + 5) * steps, name=name)
     if name == "gradmdm-ball":
         # Adam moves a pixel by about its rate: a quarter of the radius, as far as one pixel can use of it.
         rate = eps / 4 / (1 if norm == "linf" else math.sqrt(pixels))

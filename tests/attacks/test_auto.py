@@ -92,7 +92,7 @@ def test_the_last_descent_goes_on_from_the_best_of_the_members(images: Tensor) -
     torch.manual_seed(1)
     network = SkipNet(14, width=4).eval()
     ledger = price(network, images[:1])
-    attack = AutoEnergy("linf", 0.1, steps=3)
+    attack = AutoEnergy("linf", 0.2, steps=2)
     found = attack(network, images, ledger=ledger)
     members = [each(network, images, ledger=ledger).images for each in attack.members.values()]
     best = torch.stack([flops(network, each, ledger) for each in members]).amax(0)
@@ -174,7 +174,7 @@ def test_members_are_those_that_their_names_say() -> None:
     assert [each.steps * getattr(each, "restarts", 1) for each in made.values() if isinstance(each, (ProjectedAttack, SquareSearch))] == [
         7,
         7,
-        7,
+        28,
         6,
         14,
     ]

@@ -23,12 +23,17 @@ ROUNDS = (*MEMBERS, "continued")
 """What :attr:`~gatewatt.attacks.AttackResult.member` counts: the members, and the descent that goes on from the best that they found."""
 
 
+LONG = 4
+"""How many times the steps of the others the longest member takes."""
+
+
 def member(name: str, space: Ball, steps: int) -> Attack:
     """A member of the ensemble by name.
 
     - ``hinge``: adaptive steps on the cost-weighted hinge in logits;
     - ``power-cgm``: the same steps on GradMDM's power loss with complexity gradient masking;
-    - ``cheapest``: opens closed gates one by one, the nearest first;
+    - ``cheapest``: opens closed gates one by one, the nearest first, in :data:`LONG` times as many steps: one long descent finds what several
+      short ones miss;
     - ``straight-through``: the same through straight-through decisions, so that a step sees how opening one gate moves later ones; half of the
       steps from the image, half from a random start, since many networks decide like this already and would see ``cheapest`` twice;
     - ``square``: random search on true FLOPs, without a gradient.
@@ -41,7 +46,7 @@ def member(name: str, space: Ball, steps: int) -> Attack:
     if name == "power-cgm":
         return ProjectedAttack(PowerLoss(), ConflictMasking(), space=space, steps=steps, name=name)
     if name == "cheapest":
-        return ProjectedAttack(CheapestGateLoss(), space=space, steps=steps, name=name)
+        return ProjectedAttack(CheapestGateLoss(), space=space, steps=LONG * steps, name=name)
     if name == "straight-through":
         half = max(steps // 2, 1)
         return ProjectedAttack(CheapestGateLoss(), space=space, steps=half, restarts=2, decision="straight_through", name=name)
@@ -60,8 +65,8 @@ class AutoEnergy(Attack):
     Args:
         norm: ``linf`` or ``l2``.
         eps: radius on the [0, 1] scale; None for 4/255 (``linf``) or 0.5 (``l2``).
-        steps: iterations of each member with a gradient, and of the last descent; the random search has twice as many queries, of a forward pass
-            each.
+        steps: iterations of a member with a gradient, and of the last descent; one member takes :data:`LONG` times as many, and the random search
+            has twice as many queries, of a forward pass each. In all nine gradients a step.
         lattice: among 8-bit images alone (:class:`~gatewatt.attacks.LatticeBall`), so that saving the images changes nothing.
     """
 
@@ -83,7 +88,7 @@ class AutoEnergy(Attack):
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
         plain = {key: getattr(self, key) for key in ("norm", "eps", "steps", "lattice", "decision")}
-        return {"name": self.name, **plain, "members": list(ROUNDS)}
+        return {"name": self.name, **plain, "members": list(ROUNDS), "long": LONG}
 
     def __repr__(self) -> str:
         return f"AutoEnergy({self.norm}, eps={self.eps:g}, steps={self.steps})"
