@@ -70,7 +70,7 @@ def bars(found: Sequence[Bar], path: Path) -> Path:
                 axes.annotate(bar.dataset, (bar.paper, place), xytext=(5, 4), textcoords="offset points", fontsize=6, color="0.3")
         axes.set_yticks(places, [bar.label for bar in found])
         axes.axvline(0, color="0.6", linewidth=0.6)
-        axes.set_xlabel("FLOPs recovered, % (bar: ours; diamond: the paper's, on its data and network)")
+        axes.set_xlabel("FLOPs recovered, %\nbar: ours; diamond: the paper's,\non its data and network")
     return path
 
 
