@@ -58,7 +58,7 @@ def test_fish_offers_recipes_and_checkpoints(tmp_path: Path, capsys: pytest.Capt
         (["gatewatt", "audit", "--pat"], {"--patterns"}),
         (["gatewatt", "report", "ru"], {"runs"}),
         (["gatewatt", "report", "--no"], {"--no-figures", "--no-run"}),
-        (["gatewatt", "report", "tables/table04"], {"tables/table04"}),
+        (["gatewatt", "report", "tables/table04"], {"tables/table04", "tables/table04-long"}),
         (["gatewatt", "completion", ""], set(SHELLS)),
     ],
 )
