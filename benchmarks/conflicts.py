@@ -11,6 +11,7 @@ gates that are closed on clean images: the power loss weighs a closed gate by th
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from gatewatt import load
 from gatewatt.attacks import ConflictMasking, EnergyAttack, GateLoss, mask_conflict
 from gatewatt.attacks.directions import Gradient
 from gatewatt.data import FolderData
+from gatewatt.files import write_text
 from gatewatt.gating import GateTable, gate_table
 
 
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=250)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--gamma", type=float, default=100.0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/conflicts"))
     options = parser.parse_args()
     network = load(options.checkpoint).eval()
     data = FolderData(options.data, test_images=options.images, eval_batch_size=options.images)
@@ -60,16 +63,18 @@ def main() -> None:
             table = gate_table(network(batch.images).gates)
         closed.append(table.score[table.score < table.threshold])
     cosine, removed = torch.stack(watched.cosine), torch.stack(watched.removed)
-    print(f"{options.checkpoint}, {options.images} test images, gamma {options.gamma:g}, {options.steps} steps without warm-up, float32")
-    print(f"{'steps':>10} {'in conflict':>12} {'mean cosine':>12} {'removed, where in conflict':>28}")
+    text = [f"{options.checkpoint}, {options.images} test images, gamma {options.gamma:g}, {options.steps} steps without warm-up, float32"]
+    text.append(f"{'steps':>10} {'in conflict':>12} {'mean cosine':>12} {'removed, where in conflict':>28}")
     for quarter in torch.arange(options.steps).chunk(4):
         conflict = cosine[quarter] < 0
         lost = removed[quarter][conflict].mean() if conflict.any() else torch.tensor(0.0)
         steps = f"{int(quarter[0]) + 1}-{int(quarter[-1]) + 1}"
-        print(f"{steps:>10} {100 * conflict.float().mean():>10.1f} % {cosine[quarter].mean():>12.3f} {100 * lost:>26.1f} %")
+        text.append(f"{steps:>10} {100 * conflict.float().mean():>10.1f} % {cosine[quarter].mean():>12.3f} {100 * lost:>26.1f} %")
     # numpy takes quantiles of any number of scores; torch refuses more than 16 million.
     low, middle, high = np.quantile(torch.cat(closed).numpy(), (0.25, 0.5, 0.75))
-    print(f"scores of the gates that are closed on clean images: median {middle:.2f}, quartiles {low:.2f} and {high:.2f}")
+    text.append(f"scores of the gates that are closed on clean images: median {middle:.2f}, quartiles {low:.2f} and {high:.2f}")
+    print("\n".join(text))
+    write_text(options.out / f"{Path(options.checkpoint).stem}.md", "\n".join(["```", *text, "```"]) + "\n")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_every_single_attack_stays_in_the_ball_of_the_ensemble(bench: ModuleType
         change = (attack(network, images, ledger=LEDGER).images.double() - images.double()).flatten(1)
         assert (change.abs().max() if norm == "linf" else change.norm(dim=1).max()) <= eps + 1e-6
     assert bench.single("deepsloth", norm, eps, 3, exits=True, pixels=12).target == "exits"
-    assert bench.single("pgd-long", norm, eps, 3, exits=True, pixels=12).steps == 15
+    assert bench.single("pgd-long", norm, eps, 3, exits=True, pixels=12).steps == 27
 
 
 def test_radii_are_on_the_grids_and_survive_the_name_of_their_folder(bench: ModuleType) -> None:
