@@ -190,6 +190,9 @@ def test_rows_that_sweep_are_compared_at_equal_mse_under_their_own_labels(tmp_pa
     assert "| second > first | holds (+5.0) |" in text
     alone = [line for line in lines_of(table, tmp_path / "again") if line.row.label != "first"]
     assert "At equal MSE" not in render_table(table, alone, tmp_path / "out", figures=False).markdown
+    # More steps are no other strength.
+    steps = table_of(tmp_path, text=TABLE.replace("model.attack.gamma", "times_steps"))
+    assert "At equal MSE" not in render_table(steps, lines_of(steps, tmp_path / "steps"), tmp_path / "out", figures=False).markdown
 
 
 def test_the_csv_holds_every_line_with_its_intervals(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from gatewatt.reports.figures import recovery_figure
 from gatewatt.reports.matched import match
 from gatewatt.reports.measures import DRAWS, MEASURES, SEED, Measured, measure, measured_text
 from gatewatt.reports.plots import Bar, Curve, bars, costs, curves, images, usage
-from gatewatt.reports.recipe import SUBSETS, Row, TableRecipe
+from gatewatt.reports.recipe import SUBSETS, SWEPT_STEPS, Row, TableRecipe
 from gatewatt.reports.render import CONVENTIONS, FORMATS, attacks_text, versions_text
 from gatewatt.reports.subsets import Pair, choices_table, choose
 from gatewatt.reports.tables import Format, Table, csv_text, figures_of, matched_table, orderings_table, orderings_text
@@ -245,7 +245,8 @@ def chosen_section(lines: Sequence[Line]) -> list[str]:
 def matched_sections(lines: Sequence[Line]) -> list[str]:
     """Recovery at equal MSE of the rows that sweep a setting, for float and for 8-bit images."""
     text = []
-    for panel in row_panels([line for line in lines if line.row.sweep is not None]):
+    # Runs of different numbers of steps lie on no line over MSE.
+    for panel in row_panels([line for line in lines if line.row.sweep is not None and line.row.sweep[0] != SWEPT_STEPS]):
         if len(panel.methods) < 2:
             continue
         for image, words in (("float", "float images"), ("8bit", "8-bit images")):
