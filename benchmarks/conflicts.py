@@ -4,8 +4,8 @@
 
 Masking changes a step only for images where the gradients of Eq. 7 and Eq. 8 conflict (negative inner product), and then only by the component
 along Eq. 8. Printed per quarter of the attack: the share of images in conflict, the mean cosine of the two gradients, and the share of the
-gradient's length that masking removes, over the images in conflict. Then the scores of the
-gates that are closed on clean images: the power loss weighs a closed gate by the third power of its score.
+gradient's length that masking removes, over the images in conflict. Then the scores of the gates that are closed on clean images: the power loss
+weighs a closed gate by the third power of its score. OUT/<checkpoint>.md keeps it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
@@ -50,12 +49,12 @@ class Asked:
     def __init__(self, line: Line, runs: Sequence[Planned]) -> None:
         self.line, self.runs = line, runs
 
-    def filled(self, results: Path, kept: Mapping[str, Sequence[Kept]] = MappingProxyType({})) -> Line:
+    def filled(self, results: Path, kept: Mapping[str, Sequence[Kept]]) -> Line:
         """The line with what has been measured.
 
         Args:
             results: folder of the runs.
-            kept: records that may serve although their key is another, see :func:`kept_records`.
+            kept: records that may serve although their key is another, see :func:`kept_records`; empty for those of the key alone.
 
         Raises:
             ReportError: for records that do not add up.

@@ -95,8 +95,8 @@ def match(
     Args:
         panel: runs on the same images.
         image: which adversarial image to measure.
-        mse_levels2: values to compare at; by default round ones inside the range that every method covers. One that shares no range with the
-            others is left out, and the notes say so.
+        mse_levels2: values to compare at; by default round ones inside the range that the compared methods cover. A method that shares no range
+            with the others is left out, and the notes say so.
         draws: bootstrap resamples.
         seed: of the resampling.
         level: coverage of the intervals in percent, for each comparison by itself.
