@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gatewatt.attacks.base import Attack, AttackResult, BestIterate, BrokenGradientError, NoGradientError
 from gatewatt.attacks.directions import ConflictMasking
-from gatewatt.attacks.lattice import LatticeBall
+from gatewatt.attacks.lattice import LEVELS, LatticeBall
 from gatewatt.attacks.losses import CheapestGateLoss, HingeLoss, PowerLoss
 from gatewatt.attacks.projected import ProjectedAttack
 from gatewatt.attacks.search import SquareSearch
@@ -21,10 +21,10 @@ MEMBERS = ("hinge", "power-cgm", "cheapest", "straight-through", "square")
 """Names of the members, in the order they run."""
 ROUNDS = (*MEMBERS, "continued")
 """What :attr:`~gatewatt.attacks.AttackResult.member` counts: the members, and the descent that goes on from the best that they found."""
-
-
 LONG = 4
 """How many times the steps of the others the longest member takes."""
+HALVINGS = 8
+"""How often the stretch between the clean image and the one found is halved in search of a smaller perturbation."""
 
 
 def member(name: str, space: Ball, steps: int) -> Attack:
@@ -61,12 +61,14 @@ class AutoEnergy(Attack):
     Members run one after the other, each from the clean images, on those that do not run everything yet. One that finds no gradient to follow is
     passed over: the random search needs none. A last descent goes on from the best that was found, with steps an eighth as long, so that the
     worst case of a short run is not left half-way. No member alone finds more on any image, but for what another batch size does to rounding.
+    In the end each perturbation is scaled down for as long as the image spends as much, as it is and rounded to 8 bits: one radius for all images
+    is more than most of them need.
 
     Args:
         norm: ``linf`` or ``l2``.
         eps: radius on the [0, 1] scale; None for 4/255 (``linf``) or 0.5 (``l2``).
         steps: iterations of a member with a gradient, and of the last descent; one member takes :data:`LONG` times as many, and the random search
-            has twice as many queries, of a forward pass each. In all nine gradients a step.
+            has twice as many queries, of a forward pass each. In all nine gradients a step, and :data:`HALVINGS` times two forward passes.
         lattice: among 8-bit images alone (:class:`~gatewatt.attacks.LatticeBall`), so that saving the images changes nothing.
     """
 
@@ -88,7 +90,7 @@ class AutoEnergy(Attack):
     def settings(self) -> dict[str, Any]:
         """Everything that determines the attack, as plain values, for records."""
         plain = {key: getattr(self, key) for key in ("norm", "eps", "steps", "lattice", "decision")}
-        return {"name": self.name, **plain, "members": list(ROUNDS), "long": LONG}
+        return {"name": self.name, **plain, "members": list(ROUNDS), "long": LONG, "halvings": HALVINGS}
 
     def __repr__(self) -> str:
         return f"AutoEnergy({self.norm}, eps={self.eps:g}, steps={self.steps})"
@@ -113,9 +115,33 @@ class AutoEnergy(Attack):
                 raise BrokenGradientError(int(rows[error.image])) from error
             better = best.offer(found.images, self._spent(network, found.images, ledger), found.step, rows)
             winner[rows[better]] = index
+        self._shrink(best, network, ledger)
         return best.result._replace(member=winner)
+
+    def _shrink(self, best: BestIterate, network: DynamicNetwork, ledger: FlopsLedger) -> None:
+        """Leave as small a share of each perturbation as bisection finds to spend as much, also after saving with 8 bits."""
+        rows = (best.images != best.original).flatten(1).any(dim=1).nonzero().flatten()
+        if len(rows) == 0:
+            return
+        clean, found = best.original[rows], best.images[rows]
+        saved = self._spent(network, eight_bit(found), ledger)
+        low, high = torch.zeros_like(clean[:, :1, :1, :1]), torch.ones_like(clean[:, :1, :1, :1])
+        for _ in range(HALVINGS):
+            share = (low + high) / 2
+            shrunk = self.continuation.space.image(clean, share * (found - clean))
+            spent = self._spent(network, shrunk, ledger)
+            enough = (spent >= best.flops[rows]) & (self._spent(network, eight_bit(shrunk), ledger) >= saved)
+            best.offer(shrunk[enough], spent[enough], best.step[rows[enough]], rows[enough])
+            chosen = enough[:, None, None, None]
+            low, high = torch.where(chosen, low, share), torch.where(chosen, share, high)
 
     @staticmethod
     def _spent(network: DynamicNetwork, images: Tensor, ledger: FlopsLedger) -> Tensor:
-        with torch.no_grad():
+        """FLOPs (b,) in float32, whatever the members craft in: what is so close to a threshold must have crossed it in the end."""
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return ledger(network(images, measuring_execution(network)).gates)
+
+
+def eight_bit(images: Tensor) -> Tensor:
+    """What a PNG file keeps of images in [0, 1]."""
+    return (LEVELS * images).round() / LEVELS
