@@ -222,19 +222,62 @@ def line(group: Sequence[Entry]) -> list[str]:
 COLUMNS = "network, seeds, accuracy, FLOPs, sd, routes, attack, accuracy attacked, FLOPs attacked, p95, max, recovery, 8-bit, images".split(", ")
 
 
-def render(out: Path) -> str:
-    """Write the page and the CSV; returns the table."""
+def mean(group: Sequence[Entry], value: Callable[[Entry], float]) -> float:
+    """Mean over seeds; NaN where nothing is defined."""
+    return statistics.mean(value(entry) for entry in group)
+
+
+def against(twin: Sequence[Entry], group: Sequence[Entry]) -> list[str]:
+    """One line of the second table: a network and its undefended twin under one attack."""
+
+    def apart(value: Callable[[Entry], float]) -> str:
+        return f"{mean(group, value) - mean(twin, value):+.1f}"
+
+    def times(value: Callable[[Entry], float]) -> str:
+        below = mean(twin, value)
+        ratio = mean(group, value) / below if below else math.nan
+        return "-" if math.isnan(ratio) else f"{ratio:.2f}"
+
+    return [
+        group[0].network,
+        group[0].attack,
+        times(lambda entry: entry.figures.recovery_percent),
+        times(lambda entry: entry.figures.flops_adversarial),
+        apart(lambda entry: 100 * entry.figures.flops_clean / entry.dense),
+        times(lambda entry: entry.figures.flops_clean_std_percent * entry.figures.flops_dense / entry.dense),
+        times(lambda entry: float(entry.figures.routes_clean or math.nan)),
+        apart(lambda entry: entry.figures.accuracy_clean_percent),
+        apart(lambda entry: entry.figures.accuracy_adversarial_percent),
+    ]
+
+
+TWIN_COLUMNS = "network, attack, recovery, FLOPs attacked, FLOPs, sd, routes, accuracy, accuracy attacked".split(", ")
+
+
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose first column is text."""
+    return [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1), *(f"| {' | '.join(cells)} |" for cells in lines)]
+
+
+def render(out: Path, twin: str | None = None) -> str:
+    """Write the page and the CSV; returns the tables. ``twin`` names the undefended network that the others are set against."""
     found = entries(out)
     groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in found:
         groups[entry.network, entry.attack].append(entry)
     order = list(ATTACKS)
     ordered = sorted(groups, key=lambda key: (order.index(key[1]) if key[1] in order else len(order), key))
-    table = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---|" + "--:|" * (len(COLUMNS) - 1),
-        *("| " + " | ".join(line(groups[key])) + " |" for key in ordered),
-    ]
+    table = markdown(COLUMNS, [line(groups[key]) for key in ordered])
+    if twin is not None:
+        if not any(network == twin for network, _ in groups):
+            raise SystemExit(f"{out} holds no runs of {twin}, the twin; there are {', '.join(sorted({network for network, _ in groups}))}")
+        table += [
+            "",
+            f"Against the undefended twin, {twin}, under the same attack: recovery, attacked FLOPs, spread of clean FLOPs and number of clean",
+            "routes as a ratio; clean FLOPs (of dense) and accuracies in points.",
+            "",
+            *markdown(TWIN_COLUMNS, [against(groups[twin, key[1]], groups[key]) for key in ordered if key[0] != twin and (twin, key[1]) in groups]),
+        ]
     page = [
         "# Robust dynamic networks, and what they must beat",
         "",
@@ -267,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--guards", nargs="+", type=guard_of, default=[], metavar="CHECKPOINT=BUDGET", help="networks behind a guard")
     parser.add_argument("--train", metavar="NAME", help="train the recipes NAME, NAME-robust, NAME-accuracy and NAME-static")
     parser.add_argument("--undefended", metavar="CHECKPOINT", help="with --train: start from this one instead of training NAME")
+    parser.add_argument("--twin", metavar="NETWORK", help="set the others against this one, as the page names it (with --train: the undefended)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
     parser.add_argument("--images", type=int, default=None, help="test images (default: 400 digits, 1,000 of CIFAR-10)")
@@ -285,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure(contestant)
     if options.train:
         raced(options, measure)
-    print(render(options.out))
+    twin = options.twin or (Path(options.undefended or options.train).stem if options.train else None)
+    print(render(options.out, twin))
 
 
 if __name__ == "__main__":
