@@ -47,6 +47,16 @@ def test_gates_that_never_close_are_told_with_exit_code_1(capsys: pytest.Capture
     assert [check["name"] for check in written["checks"] if check["outcome"] == "fail"] == ["clean saving", "gates vary", "routes differ"]
 
 
+def test_a_network_is_examined_behind_the_defense_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "-c", "defense/guard", "--checkpoint", "open.safetensors", *QUICK, "--model.defense.budget", "0.6"]) == 1
+    assert "open behind BudgetGuard on 12 images of digits" in capsys.readouterr().out
+    written = json.loads(Path("runs/doctor-open/diagnosis.json").read_text())
+    assert (written["defense"]["name"], written["defense"]["budget"]) == ("BudgetGuard", 0.6)
+    # Without the guard every gate is open.
+    saving = next(check for check in written["checks"] if check["name"] == "clean saving")
+    assert saving["outcome"] == "pass"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

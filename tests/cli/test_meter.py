@@ -79,6 +79,17 @@ def test_an_audit_uses_the_data_of_the_recipe(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "gatewatt: error: --images: images must be at most 400, the size of the test set, got 500\n"
 
 
+def test_an_audit_counts_behind_the_defense_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["audit", "-c", "network/skipnet-20-small", "-c", "defense/guard", "--model.defense.budget", "0.5", "--images", "3", "--patterns", "3"])
+        == 0
+    )
+    text = capsys.readouterr().out
+    most = next(line for line in text.splitlines() if "most MACs of a pass" in line)
+    dense = price(SkipNet(20, width=8), torch.zeros(1, 3, 32, 32)).dense
+    assert max(int(cell.replace(",", "")) for cell in most.split("│")[2:4]) <= 0.5 * dense
+
+
 def test_one_difference_fails_an_audit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     true = meter.compare_routes
     calls = iter(range(10))

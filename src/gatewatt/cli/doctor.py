@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
@@ -20,6 +20,7 @@ from gatewatt.cli.meter import build, make_parser, parse
 from gatewatt.cli.quiet import quiet
 from gatewatt.cli.trainer import check_classes
 from gatewatt.data.batch import Batch
+from gatewatt.defenses import described as described_defense
 from gatewatt.diagnosis import Diagnosis, Evidence, Settings, examine
 from gatewatt.diagnosis.examine import asked, conclude
 from gatewatt.metrics import write_summary
@@ -59,10 +60,10 @@ def run(verb: str, recipe: Recipe, flags: Sequence[str]) -> int:
     names = asked(evidence)
     checks = list(track(examine(evidence), "examining", total=len(names), console=Console(stderr=True), transient=True))
     diagnosis = conclude(evidence, checks)
-    name = Path(subject.name).stem
-    show(diagnosis, name, getattr(subject.data, "name", type(subject.data).__name__))
+    name, defense = Path(subject.name).stem, described_defense(subject.network)
+    show(diagnosis, name if defense is None else f"{name} behind {defense['name']}", getattr(subject.data, "name", type(subject.data).__name__))
     folder = reserve_folder(options.run or f"doctor-{name}")
-    print(f"wrote {write_summary(folder / 'diagnosis.json', described(diagnosis, subject.name, options))}")
+    print(f"wrote {write_summary(folder / 'diagnosis.json', described(diagnosis, subject.name, defense, options))}")
     return 0 if diagnosis.believable else 1
 
 
@@ -120,7 +121,13 @@ def show(diagnosis: Diagnosis, network: str, data: str) -> None:
     print(f"verdict: {diagnosis.verdict}")
 
 
-def described(diagnosis: Diagnosis, network: str, options: Namespace) -> dict[str, object]:
+def described(diagnosis: Diagnosis, network: str, defense: dict[str, Any] | None, options: Namespace) -> dict[str, object]:
     """The diagnosis as the JSON file has it, with what it was made of."""
     data = options.get("data")
-    return {"checkpoint": network, "source_checkpoint": options.source, "data": None if data is None else data.as_dict(), **diagnosis.as_dict()}
+    return {
+        "checkpoint": network,
+        "defense": defense,
+        "source_checkpoint": options.source,
+        "data": None if data is None else data.as_dict(),
+        **diagnosis.as_dict(),
+    }

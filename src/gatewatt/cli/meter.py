@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gatewatt.callbacks.console import percent, print_table
 from gatewatt.cli.quiet import quiet
+from gatewatt.defenses import Wrapper
 from gatewatt.flops import Routes, compare_routes, price, random_patterns
 from gatewatt.gating import DynamicNetwork
 from gatewatt.networks.checkpoint import card_of, load, load_weights
@@ -23,11 +24,13 @@ from gatewatt.recipes import Recipe
 
 CONVENTION = "per image; 1 FLOP = 1 multiply-accumulate (MAC)"
 DEFAULT_SIZE = 32
-NETWORK = "model.init_args.network"  # where recipes keep it, so that errors name the recipe's own key
+# Where recipes keep them, so that errors name the recipe's own keys.
+NETWORK = "model.init_args.network"
+DEFENSE = "model.init_args.defense"
 
 
 class Subject(NamedTuple):
-    """What is measured, built and in eval mode."""
+    """What is measured, built, behind its defense if it has one, and in eval mode."""
 
     network: DynamicNetwork
     data: LightningDataModule | None
@@ -55,6 +58,7 @@ def make_parser(verb: str) -> ArgumentParser:
     """The flags of a verb, and the parts of a recipe that matter to it."""
     parser = ArgumentParser(prog=f"gatewatt {verb}", exit_on_error=False)
     parser.add_subclass_arguments(DynamicNetwork, NETWORK, required=False)
+    parser.add_argument(f"--{DEFENSE}", type=Callable[[DynamicNetwork], Wrapper] | None, default=None)
     parser.add_argument("--config", action="config")
     parser.add_argument("--checkpoint", type=str | None, default=None)
     parser.add_argument("--size", type=PositiveInt | None, default=None)
@@ -68,25 +72,24 @@ def make_parser(verb: str) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, recipe: Recipe, flags: Sequence[str]) -> Namespace:
-    """Read network, checkpoint and data from the recipe, then the flags, which win."""
+    """Read network, defense, checkpoint and data from the recipe, then the flags, which win."""
     settings: dict[str, Any] = {}
     task = recipe.settings.get("model")
     arguments = task.get("init_args") if isinstance(task, dict) else None
     if isinstance(arguments, dict):
         settings["checkpoint"] = arguments.get("checkpoint")
-        if arguments.get("network") is not None:
-            settings["model"] = {"init_args": {"network": arguments["network"]}}
+        settings["model"] = {"init_args": {part: arguments[part] for part in ("network", "defense") if arguments.get(part) is not None}}
     if "data" in recipe.settings and any(action.dest == "data" for action in parser._actions):
         settings["data"] = recipe.settings["data"]
     # The trainer verbs accept the short form --model.network.depth; so do these.
-    short = [flag.replace("--model.network", f"--{NETWORK}", 1) for flag in flags]
+    short = [flag.replace("--model.network", f"--{NETWORK}", 1).replace("--model.defense", f"--{DEFENSE}", 1) for flag in flags]
     # One document before the flags, as for the trainer verbs: a flag may give what the recipe leaves out.
     return parser.parse_args([f"--config={json.dumps(settings)}", *short])
 
 
 def build(built: Namespace) -> Subject:
-    """Put weights into the network, or take the network from its checkpoint, and settle the size of the images."""
-    network, checkpoint, data = built.get(NETWORK), built.checkpoint, built.get("data")
+    """Put weights into the network, or take the network from its checkpoint, put it behind its defense, and settle the size of the images."""
+    network, defense, checkpoint, data = built.get(NETWORK), built.get(DEFENSE), built.checkpoint, built.get("data")
     stated = None if checkpoint is None else card_of(checkpoint).get("size")
     if network is None:
         if checkpoint is None:
@@ -95,6 +98,8 @@ def build(built: Namespace) -> Subject:
     elif checkpoint is not None:
         load_weights(network, checkpoint)
     size = built.size or getattr(data, "size", None) or (stated if isinstance(stated, int) else DEFAULT_SIZE)
+    if defense is not None:
+        network = defense(network)
     return Subject(network.eval(), data, checkpoint or type(network).__name__, size)
 
 
