@@ -240,6 +240,7 @@ def against(twin: Sequence[Entry], group: Sequence[Entry]) -> list[str]:
 
     return [
         group[0].network,
+        twin[0].network,
         group[0].attack,
         times(lambda entry: entry.figures.recovery_percent),
         times(lambda entry: entry.figures.flops_adversarial),
@@ -251,7 +252,7 @@ def against(twin: Sequence[Entry], group: Sequence[Entry]) -> list[str]:
     ]
 
 
-TWIN_COLUMNS = "network, attack, recovery, FLOPs attacked, FLOPs, sd, routes, accuracy, accuracy attacked".split(", ")
+TWIN_COLUMNS = "network, twin, attack, recovery, FLOPs attacked, FLOPs, sd, routes, accuracy, accuracy attacked".split(", ")
 
 
 def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -259,8 +260,20 @@ def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str
     return [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1), *(f"| {' | '.join(cells)} |" for cells in lines)]
 
 
-def render(out: Path, twin: str | None = None) -> str:
-    """Write the page and the CSV; returns the tables. ``twin`` names the undefended network that the others are set against."""
+def twin_of(network: str, twins: Sequence[str]) -> str | None:
+    """The undefended network that another one is named after; None for a twin itself, and for those named after none.
+
+    Example:
+        >>> twins = ["net", "net-hrl"]
+        >>> [twin_of(name, twins) for name in ("net-robust", "net-hrl+guard", "net-hrl", "network")]
+        ['net', 'net-hrl', None, None]
+    """
+    named = [twin for twin in twins if network.startswith((f"{twin}-", f"{twin}+"))]
+    return None if network in twins else max(named, key=len, default=None)
+
+
+def render(out: Path, twins: Sequence[str] = ()) -> str:
+    """Write the page and the CSV; returns the tables. ``twins`` name undefended networks, against which those named after them are set."""
     found = entries(out)
     groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in found:
@@ -268,15 +281,19 @@ def render(out: Path, twin: str | None = None) -> str:
     order = list(ATTACKS)
     ordered = sorted(groups, key=lambda key: (order.index(key[1]) if key[1] in order else len(order), key))
     table = markdown(COLUMNS, [line(groups[key]) for key in ordered])
-    if twin is not None:
-        if not any(network == twin for network, _ in groups):
-            raise SystemExit(f"{out} holds no runs of {twin}, the twin; there are {', '.join(sorted({network for network, _ in groups}))}")
+    missing = set(twins) - {network for network, _ in groups}
+    if missing:
+        raise SystemExit(f"{out} holds no runs of {', '.join(sorted(missing))}; there are {', '.join(sorted({network for network, _ in groups}))}")
+    if twins:
+        pairs = [(twin_of(network, twins), network, attack) for network, attack in ordered]
         table += [
             "",
-            f"Against the undefended twin, {twin}, under the same attack: recovery, attacked FLOPs, spread of clean FLOPs and number of clean",
-            "routes as a ratio; clean FLOPs (of dense) and accuracies in points.",
+            "Against the undefended twin under the same attack: recovery, attacked FLOPs, spread of clean FLOPs and number of clean routes as a",
+            "ratio; clean FLOPs (of dense) and accuracies in points.",
             "",
-            *markdown(TWIN_COLUMNS, [against(groups[twin, key[1]], groups[key]) for key in ordered if key[0] != twin and (twin, key[1]) in groups]),
+            *markdown(
+                TWIN_COLUMNS, [against(groups[twin, attack], groups[network, attack]) for twin, network, attack in pairs if (twin, attack) in groups]
+            ),
         ]
     page = [
         "# Robust dynamic networks, and what they must beat",
@@ -310,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--guards", nargs="+", type=guard_of, default=[], metavar="CHECKPOINT=BUDGET", help="networks behind a guard")
     parser.add_argument("--train", metavar="NAME", help="train the recipes NAME, NAME-robust, NAME-accuracy and NAME-static")
     parser.add_argument("--undefended", metavar="CHECKPOINT", help="with --train: start from this one instead of training NAME")
-    parser.add_argument("--twin", metavar="NETWORK", help="set the others against this one, as the page names it (with --train: the undefended)")
+    parser.add_argument("--twins", nargs="+", default=[], metavar="NETWORK", help="undefended, to set those against that are named after them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
     parser.add_argument("--images", type=int, default=None, help="test images (default: 400 digits, 1,000 of CIFAR-10)")
@@ -327,10 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for contestant in [*map(Contestant, options.checkpoints), *options.guards]:
         measure(contestant)
+    own = []
     if options.train:
         raced(options, measure)
-    twin = options.twin or (Path(options.undefended or options.train).stem if options.train else None)
-    print(render(options.out, twin))
+        own = [Path(options.undefended or options.train).stem]
+    print(render(options.out, [*options.twins, *own]))
 
 
 if __name__ == "__main__":
