@@ -242,7 +242,8 @@ def against(twin: Sequence[Entry], group: Sequence[Entry]) -> list[str]:
         group[0].network,
         twin[0].network,
         group[0].attack,
-        times(lambda entry: entry.figures.recovery_percent),
+        # An attack on the prediction leaves next to nothing to divide by.
+        "-" if group[0].attack.startswith("accuracy") else times(lambda entry: entry.figures.recovery_percent),
         times(lambda entry: entry.figures.flops_adversarial),
         apart(lambda entry: 100 * entry.figures.flops_clean / entry.dense),
         times(lambda entry: entry.figures.flops_clean_std_percent * entry.figures.flops_dense / entry.dense),
