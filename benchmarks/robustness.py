@@ -156,11 +156,12 @@ FIGURES = (
 
 
 class Entry(NamedTuple):
-    """One run of the table: what it is of, the dense FLOPs of the network without its defense, and its figures."""
+    """One run of the table: what it is of, a guard's budget, the dense FLOPs of the network without its defense, and its figures."""
 
     network: str
     seed: str
     attack: str
+    guard: float | None
     dense: float
     most: float
     figures: Figures
@@ -171,8 +172,8 @@ def entries(out: Path) -> list[Entry]:
     found = []
     for folder in sorted(path.parent for path in out.glob("*/seed*/*/summary.json")):
         network, seed, attack = folder.relative_to(out).parts
-        run, dense = load_run(folder), json.loads((folder / "asked.json").read_text())["flops_dense"]
-        found.append(Entry(network, seed, attack, dense, float(run.flops[:, 2].max()), figures_of(run)))
+        run, asked = load_run(folder), json.loads((folder / "asked.json").read_text())
+        found.append(Entry(network, seed, attack, asked["guard"], asked["flops_dense"], float(run.flops[:, 2].max()), figures_of(run)))
     return found
 
 
@@ -201,8 +202,9 @@ def line(group: Sequence[Entry]) -> list[str]:
     recovery = over_seeds([each.recovery_percent for each in figures])
     if len(group) == 1 and recovery != "-":
         recovery += f" [{figures[0].recovery_low:.1f}, {figures[0].recovery_high:.1f}]"
+    budgets = [100 * entry.guard for entry in group if entry.guard is not None]
     return [
-        first.network,
+        first.network + (f" of {over_seeds(budgets)}" if budgets else ""),
         str(len(group)),
         over_seeds([each.accuracy_clean_percent for each in figures]),
         share(lambda entry: entry.figures.flops_clean),
@@ -215,11 +217,12 @@ def line(group: Sequence[Entry]) -> list[str]:
         share(lambda entry: entry.most),
         recovery,
         over_seeds([each.recovery_8bit_percent for each in figures]),
+        over_seeds([each.mse_levels2 for each in figures], 1, ""),
         str(figures[0].images),
     ]
 
 
-COLUMNS = "network, seeds, accuracy, FLOPs, sd, routes, attack, accuracy attacked, FLOPs attacked, p95, max, recovery, 8-bit, images".split(", ")
+COLUMNS = "network, seeds, accuracy, FLOPs, sd, routes, attack, accuracy attacked, FLOPs attacked, p95, max, recovery, 8-bit, MSE, images".split(", ")
 
 
 def mean(group: Sequence[Entry], value: Callable[[Entry], float]) -> float:
@@ -303,7 +306,7 @@ def render(out: Path, twins: Sequence[str] = ()) -> str:
         "of the network without its defense; *sd* is over images, *routes* counts different routes of clean images, *p95* and *max* are over",
         "attacked images. Of several seeds the mean, and in brackets the lowest and the highest; of one, recovery has a 95 % bootstrap interval over",
         "images in square brackets. A static network has nothing to recover (-). *linf-4* is AutoEnergy within 4/255, and so on; *accuracy-linf-4*",
-        "is PGD against the prediction.",
+        "is PGD against the prediction. MSE is in squared 8-bit levels: GradMDM has no radius, and is to be compared at about equal MSE alone.",
         "",
         *table,
     ]

@@ -92,12 +92,13 @@ def test_every_pair_leaves_a_run_and_the_page_comes_from_the_runs(
     with (out / "robustness.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
-    assert page.count("| plain |") == page.count("| plain+guard |") == 2
+    assert page.count("| plain |") == page.count("| plain+guard of 70.0 % |") == 2
     summary = json.loads((out / "plain/seed3/gradmdm/summary.json").read_text())
     row = next(row for row in rows if (row["network"], row["attack"]) == ("plain", "gradmdm"))
     assert float(row["flops_adversarial_max"]) == summary["flops_adversarial_max"]
     assert float(row["flops_adversarial_p95"]) == pytest.approx(summary["flops_adversarial_p95"])
     assert float(row["accuracy_clean_percent"]) == pytest.approx(100 * summary["accuracy_clean"])
+    assert f"| {float(row['mse_levels2']):.1f} | 4 |" in page
 
     def measured_again(*arguments: object) -> None:
         raise AssertionError("what is there was measured again")
