@@ -226,7 +226,7 @@ COLUMNS = "network, seeds, accuracy, FLOPs, sd, routes, attack, accuracy attacke
 
 
 def mean(group: Sequence[Entry], value: Callable[[Entry], float]) -> float:
-    """Mean over seeds; NaN where nothing is defined."""
+    """Mean over seeds; NaN if one of them has nothing defined."""
     return statistics.mean(value(entry) for entry in group)
 
 
@@ -348,11 +348,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for contestant in [*map(Contestant, options.checkpoints), *options.guards]:
         measure(contestant)
-    own = []
+    twins = list(options.twins)
     if options.train:
         raced(options, measure)
-        own = [Path(options.undefended or options.train).stem]
-    print(render(options.out, [*options.twins, *own]))
+        twins.append(Path(options.undefended or options.train).stem)
+    print(render(options.out, twins))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,12 @@ def test_perturbations_shrink_for_as_long_as_nothing_is_lost(
     assert lost[error > 0].float().mean() > 0.5
 
 
+def test_eight_bits_are_those_that_records_are_measured_at(small: Tensor) -> None:
+    # Also halves and both ends.
+    images = torch.cat([small.flatten(), torch.arange(511) / 510])
+    assert torch.equal(auto.eight_bit(images), round_to_8bit(images))
+
+
 def test_what_members_make_under_autocast_is_judged_in_float32(toy: Logistic, small: Tensor) -> None:
     attack = AutoEnergy("linf", EPS["linf"], steps=4)
     judged: list[torch.dtype] = []

@@ -143,5 +143,5 @@ class AutoEnergy(Attack):
 
 
 def eight_bit(images: Tensor) -> Tensor:
-    """What a PNG file keeps of images in [0, 1]."""
+    """What a PNG file keeps of images in [0, 1]: :func:`gatewatt.metrics.round_to_8bit`, which stands on the same floor and is out of reach."""
     return (LEVELS * images).round() / LEVELS
