@@ -22,10 +22,11 @@ import math
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from attack_run import emptied, run_attack
 
@@ -34,11 +35,12 @@ from gatewatt.attacks import AccuracyPGD, Attack, AutoEnergy, GradMDM, LinfBall
 from gatewatt.cli import main as gatewatt
 from gatewatt.cli.quiet import quiet
 from gatewatt.data import DigitsData, FolderData, ImageData
-from gatewatt.defenses import BudgetGuard
-from gatewatt.defenses.restore import behind
+from gatewatt.defenses import BudgetGuard, restored
 from gatewatt.files import write_text
+from gatewatt.metrics.estimates import percentile_interval
 from gatewatt.networks.checkpoint import card_of
 from gatewatt.reports.collect import Run, load_run
+from gatewatt.reports.matched import distinct_runs, interpolated, mean_mse, round_values
 from gatewatt.reports.tables import Figures, csv_text, figures_of
 from gatewatt.shipped import find_checkpoint
 
@@ -48,9 +50,14 @@ ATTACKS: dict[str, Callable[[int], Attack]] = {
     "l2-0.5": lambda steps: AutoEnergy("l2", 0.5, steps=steps),
     "l2-1.0": lambda steps: AutoEnergy("l2", 1.0, steps=steps),
     "gradmdm": lambda steps: GradMDM(gamma=100.0, steps=steps),
+    "gradmdm-300": lambda steps: GradMDM(gamma=300.0, steps=steps),
+    "gradmdm-1000": lambda steps: GradMDM(gamma=1000.0, steps=steps),
     "accuracy-linf-4": lambda steps: AccuracyPGD(space=LinfBall(4 / 255), steps=min(steps, 20)),
 }
-"""Name -> attack by its number of steps. The last is against the prediction: who saves FLOPs must not have paid with accuracy."""
+"""Name -> attack by its number of steps. GradMDM has no radius: of several gammas, what it recovers at equal MSE is read off.
+
+The last is against the prediction: who saves FLOPs must not have paid with accuracy.
+"""
 
 
 class Contestant(NamedTuple):
@@ -95,7 +102,7 @@ def measured(contestant: Contestant, attack: Attack, data: ImageData, folder: Pa
         return load_run(folder)
     emptied(folder)
     inner = load(contestant.checkpoint)
-    network = behind(inner, card.get("defense"), size=data.size)
+    network = restored(contestant.checkpoint)
     if contestant.guard is not None:
         network = BudgetGuard(network, contestant.guard, size=data.size)
     # Of the network without its defense: a static one is its own dense network, and shares would not compare.
@@ -156,7 +163,7 @@ FIGURES = (
 
 
 class Entry(NamedTuple):
-    """One run of the table: what it is of, a guard's budget, the dense FLOPs of the network without its defense, and its figures."""
+    """One run of the table: what it is of, a guard's budget, the dense FLOPs of the network without its defense, its figures, and the run itself."""
 
     network: str
     seed: str
@@ -165,6 +172,7 @@ class Entry(NamedTuple):
     dense: float
     most: float
     figures: Figures
+    run: Run
 
 
 def entries(out: Path) -> list[Entry]:
@@ -173,7 +181,7 @@ def entries(out: Path) -> list[Entry]:
     for folder in sorted(path.parent for path in out.glob("*/seed*/*/summary.json")):
         network, seed, attack = folder.relative_to(out).parts
         run, asked = load_run(folder), json.loads((folder / "asked.json").read_text())
-        found.append(Entry(network, seed, attack, asked["guard"], asked["flops_dense"], float(run.flops[:, 2].max()), figures_of(run)))
+        found.append(Entry(network, seed, attack, asked["guard"], asked["flops_dense"], float(run.flops[:, 2].max()), figures_of(run), run))
     return found
 
 
@@ -276,6 +284,41 @@ def twin_of(network: str, twins: Sequence[str]) -> str | None:
     return None if network in twins else max(named, key=len, default=None)
 
 
+def gradmdm_runs(found: Sequence[Entry], twin: str, twins: Sequence[str]) -> dict[str, list[Run]]:
+    """The runs under GradMDM of a twin, and of the networks that are named after it and have something to recover, of the twin's first seed."""
+    seed = next((entry.seed for entry in found if entry.network == twin), None)
+    runs: dict[str, list[Run]] = defaultdict(list)
+    for entry in found:
+        own = entry.network == twin or twin_of(entry.network, twins) == twin
+        if own and entry.seed == seed and entry.attack.startswith("gradmdm") and not math.isnan(entry.figures.recovery_percent):
+            runs[entry.network].append(entry.run)
+    return runs
+
+
+def at_equal_mse(twin: str, networks: Mapping[str, Sequence[Run]]) -> list[list[str]]:
+    """What GradMDM recovers of a twin and of those named after it, at MSE values that all of them cover; empty if there are none.
+
+    Args:
+        twin: the undefended network.
+        networks: name -> runs of one seed at several gammas, on the same images for all.
+    """
+    curves = {name: found for name, runs in networks.items() if len(found := distinct_runs(list(runs), "float")) > 1}
+    if len(curves) < 2 or twin not in curves or len({run.ids for runs in curves.values() for run in runs}) > 1:
+        return []
+    low, high = (edge(mean_mse(runs[place], "float") for runs in curves.values()) for edge, place in ((max, 0), (min, -1)))
+    if low >= high:
+        return []
+    values = round_values(low, high)
+    samples = dict(zip(curves, interpolated(list(curves.values()), np.log(values), "float", draws=2000, seed=0), strict=True))
+    lines = []
+    for index, value in enumerate(values):
+        for name, found in samples.items():
+            start, end = percentile_interval(found[1:, index], 95.0)
+            ratio = "" if name == twin else f"{found[0, index] / samples[twin][0, index]:.2f}"
+            lines.append([name, f"{value:g}", f"{found[0, index]:.1f} % [{start:.1f}, {end:.1f}]", ratio])
+    return lines
+
+
 def render(out: Path, twins: Sequence[str] = ()) -> str:
     """Write the page and the CSV; returns the tables. ``twins`` name undefended networks, against which those named after them are set."""
     found = entries(out)
@@ -299,6 +342,10 @@ def render(out: Path, twins: Sequence[str] = ()) -> str:
                 TWIN_COLUMNS, [against(groups[twin, attack], groups[network, attack]) for twin, network, attack in pairs if (twin, attack) in groups]
             ),
         ]
+        equal = [cells for twin in twins for cells in at_equal_mse(twin, gradmdm_runs(found, twin, twins))]
+        if equal:
+            table += ["", "GradMDM at equal MSE (squared 8-bit levels), interpolated between gammas; in the last column by the twin's.", ""]
+            table += markdown(["network", "MSE", "recovery", "of the twin's"], equal)
     page = [
         "# Robust dynamic networks, and what they must beat",
         "",
@@ -306,7 +353,8 @@ def render(out: Path, twins: Sequence[str] = ()) -> str:
         "of the network without its defense; *sd* is over images, *routes* counts different routes of clean images, *p95* and *max* are over",
         "attacked images. Of several seeds the mean, and in brackets the lowest and the highest; of one, recovery has a 95 % bootstrap interval over",
         "images in square brackets. A static network has nothing to recover (-). *linf-4* is AutoEnergy within 4/255, and so on; *accuracy-linf-4*",
-        "is PGD against the prediction. MSE is in squared 8-bit levels: GradMDM has no radius, and is to be compared at about equal MSE alone.",
+        "is PGD against the prediction. MSE is in squared 8-bit levels: GradMDM (of gamma 100, or as named) has no radius, and is to be compared at",
+        "equal MSE alone.",
         "",
         *table,
     ]

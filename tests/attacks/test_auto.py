@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import Any, Literal
 
 import pytest
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from gatewatt.attacks import AutoEnergy, BrokenGradientError, L2Ball, LinfBall, Noise, ProjectedAttack, SquareSearch, auto, under_attack
 from gatewatt.attacks.auto import MEMBERS, ROUNDS, member
+from gatewatt.defenses import BudgetGuard
 from gatewatt.flops import FlopsLedger, price
-from gatewatt.gating import DynamicNetwork, Forced, gate_table
+from gatewatt.gating import DynamicNetwork, Forced, forced, gate_table
 from gatewatt.metrics import round_to_8bit
 from gatewatt.networks import SkipNet
 
@@ -168,6 +171,46 @@ def test_images_that_run_everything_are_left_alone(toy: Logistic, small: Tensor)
     assert found.member is not None
     assert found.member.tolist() == [-1] * 24
     assert found.step.tolist() == [0] * 24
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.661, 0.9])
+def test_behind_a_guard_images_are_done_at_the_most_that_it_lets_through(budget: float, images: Tensor) -> None:
+    inner = SkipNet(depth=14, width=4).eval()
+    guarded = BudgetGuard(inner, budget)
+    ledger = price(guarded, images[:1])
+    within = auto.within_reach(guarded, ledger)
+    assert auto.within_reach(inner, ledger) is ledger
+    names = list(inner(images[:1]).gates)
+    # Every pattern of five gates, and what the guard leaves of it.
+    patterns = torch.tensor(list(product([0.0, 1.0], repeat=len(names))))
+    pixels = images[:1].expand(len(patterns), -1, -1, -1)
+    with torch.no_grad(), forced(inner, {name: patterns[:, [index]] for index, name in enumerate(names)}):
+        spent = ledger(guarded(pixels, "skipped").gates)
+    assert spent.max().item() == within.dense <= guarded.certificate <= budget * ledger.dense
+
+
+def test_images_that_a_guard_already_cuts_short_are_left_alone(images: Tensor) -> None:
+    inner = SkipNet(depth=14, width=4).eval()
+    with torch.no_grad():
+        inner.gating.projection.bias.fill_(9.0)
+    ledger = price(inner, images[:1])
+    first_two = sum(ledger.prices[f"trunk.blocks.{index}.residual"] for index in (1, 2))
+    guarded = BudgetGuard(inner, (ledger.fixed + first_two) / ledger.dense)
+    seen: list[int] = []
+    inner.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = AutoEnergy(steps=2)(guarded, images, ledger=ledger)
+    assert seen == [len(images)]
+    assert torch.equal(found.images, images)
+
+
+def test_a_cap_stays_as_it_is_where_gates_have_many_units(toy: Logistic, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.certificate = LEDGER.fixed + 4.0  # type: ignore[assignment]
+    assert max(LEDGER.units.values()) > 1
+    assert auto.within_reach(toy, LEDGER).dense == LEDGER.fixed + 4.0
+    single = replace(LEDGER, units=dict.fromkeys(LEDGER.units, 1), prices=dict.fromkeys(LEDGER.prices, 3.0))
+    assert auto.within_reach(toy, single).dense == LEDGER.fixed + 3.0
+    monkeypatch.setattr(auto, "SUMS", 1)
+    assert auto.within_reach(toy, single).dense == LEDGER.fixed + 4.0
 
 
 def test_noise_of_the_same_norm_does_worse(toy: Logistic, small: Tensor) -> None:

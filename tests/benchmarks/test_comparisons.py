@@ -157,6 +157,26 @@ def test_a_family_is_trained_once_and_the_static_network_gets_the_worst_case(scr
     assert f"{share:.1f} % ({share:.1f} to {share:.1f})" in static
 
 
+def test_gradmdm_is_compared_at_equal_mse(script: Any, checkpoint: str, tmp_path: Path) -> None:
+    robustness, out = script("robustness"), tmp_path / "out"
+    gammas = ["gradmdm", "gradmdm-300", "gradmdm-1000"]
+    asked = ["--out", str(out), "--images", "8", "--steps", "4", "--checkpoints", checkpoint, "--guards", f"{checkpoint}=0.7", "--twins", "plain"]
+    robustness.main([*asked, "--attacks", *gammas])
+    page = (out / "ROBUSTNESS.md").read_text()
+    lines = page.partition("GradMDM at equal MSE")[2].splitlines()
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| plain")]
+    with (out / "robustness.csv").open() as file:
+        reached = sorted(float(row["mse_levels2"]) for row in csv.DictReader(file) if row["network"] == "plain")
+    assert found
+    assert {cells[0] for cells in found} == {"plain", "plain+guard"}
+    assert all(reached[0] <= float(cells[1]) <= reached[-1] for cells in found)
+    for twin, own in zip(found[::2], found[1::2], strict=True):
+        assert twin[1] == own[1]
+        assert twin[3] == ""
+        shown = [float(cells[2].split(" %")[0]) for cells in (twin, own)]
+        assert float(own[3]) == pytest.approx(shown[1] / shown[0], abs=0.02)
+
+
 def test_seeds_are_told_apart(script: Any) -> None:
     over_seeds = script("robustness").over_seeds
     assert [over_seeds([12.04]), over_seeds([10.0, 20.0]), over_seeds([float("nan")])] == ["12.0 %", "15.0 % (10.0 to 20.0)", "-"]

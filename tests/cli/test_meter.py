@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gatewatt.cli import main, meter
+from gatewatt.defenses import BudgetGuard, described
 from gatewatt.flops import price
 from gatewatt.networks import SkipNet
 from gatewatt.networks.checkpoint import save
@@ -88,6 +89,27 @@ def test_an_audit_counts_behind_the_defense_of_a_recipe(capsys: pytest.CaptureFi
     most = next(line for line in text.splitlines() if "most MACs of a pass" in line)
     dense = price(SkipNet(20, width=8), torch.zeros(1, 3, 32, 32)).dense
     assert max(int(cell.replace(",", "")) for cell in most.split("│")[2:4]) <= 0.5 * dense
+
+
+def test_a_checkpoint_is_measured_behind_what_it_was_trained_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guarded = BudgetGuard(SkipNet(8, width=4).eval(), 0.7)
+    with torch.no_grad():
+        guarded.network.gating.projection.bias.fill_(9.0)  # type: ignore[union-attr, operator]
+    save(guarded.network, tmp_path / "tiny.safetensors", card={"defense": described(guarded)})
+
+    def most(*flags: str) -> tuple[int, str]:
+        assert main(["audit", "--checkpoint", "tiny.safetensors", "--images", "2", "--patterns", "0", *flags]) == 0
+        text = capsys.readouterr().out
+        line = next(line for line in text.splitlines() if "most MACs of a pass" in line)
+        return int(line.split("│")[2].replace(",", "")), text.splitlines()[0]
+
+    dense = price(guarded, torch.zeros(1, 3, 32, 32)).dense
+    capped, said = most()
+    assert capped <= guarded.certificate < dense
+    assert said == "tiny.safetensors was trained behind BudgetGuard and is measured behind it; --bare true: the network inside"
+    open_wide, said = most("--bare", "true")
+    assert open_wide == dense
+    assert "trained behind" not in said
 
 
 def test_one_difference_fails_an_audit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ from tests.cli.recipes import BASE
 
 from gatewatt.cli import main, trainer
 from gatewatt.cli.folder import reserve_folder
+from gatewatt.defenses import BudgetGuard, described
+from gatewatt.networks.checkpoint import load, save
 from gatewatt.recipes import load_recipes
 
 
@@ -150,3 +152,17 @@ def test_validation_and_test_stand_alone(tmp_path: Path) -> None:
     assert main(["validate", "-c", "first.yaml", "--run", "v"]) == 0
     assert main(["test", "-c", "first.yaml", "--run", "t", "--data.test_images", "20"]) == 0
     assert (tmp_path / "runs" / "t" / "recipe.yaml").is_file()
+
+
+def test_a_test_says_if_it_leaves_out_what_the_weights_were_trained_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guarded = BudgetGuard(load("skipnet-20-digits"), 0.6)
+    save(guarded.network, tmp_path / "guarded.safetensors", card={"defense": described(guarded)})
+    asked = ["test", "-c", "task/train", "-c", "network/skipnet-20-small", "-c", "data/digits", "--data.test_images", "4", "--model.checkpoint"]
+    assert main([*asked, "guarded.safetensors"]) == 0
+    certificate = described(guarded)["certificate"]  # type: ignore[index]
+    behind = f"BudgetGuard budget=0.6 certificate={certificate} pace=0.0"
+    line = f"gatewatt: guarded.safetensors was trained behind {behind}, and this run measures it without: add -c defense/..."
+    assert line in capsys.readouterr().err.splitlines()
+    assert main([*asked, "guarded.safetensors", "-c", "defense/guard", "--model.defense.budget", "0.6"]) == 0
+    assert main([*asked, "skipnet-20-digits"]) == 0
+    assert "trained behind" not in capsys.readouterr().err

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.contracts.zoo import sample, settled
 
-from gatewatt.defenses import JPEG, BitDepth, BudgetGuard, Defended, FixedRoute, MedianFilter, described
-from gatewatt.defenses.restore import behind
+from gatewatt.defenses import JPEG, BitDepth, BudgetGuard, Defended, FixedRoute, MedianFilter, behind, described, restored
 from gatewatt.gating import DynamicNetwork
+from gatewatt.networks.checkpoint import save
 
 
 def test_every_defense_is_what_its_description_builds() -> None:
@@ -30,6 +32,18 @@ def test_every_defense_is_what_its_description_builds() -> None:
     # Last, for a route changes how the network inside decides.
     route = FixedRoute(network, ["block2"])
     assert described(behind(network, described(route))) == {"name": "FixedRoute", "open_gates": ["block2"]}
+
+
+def test_a_checkpoint_comes_back_behind_its_defense(tmp_path: Path) -> None:
+    network: DynamicNetwork = settled("skipnet")
+    for defense in (None, BudgetGuard(network, 0.8, pace=0.5), Defended(network, JPEG(40))):
+        save(network, tmp_path / "some.safetensors", card={"defense": None if defense is None else described(defense)}, overwrite=True)
+        again = restored(tmp_path / "some.safetensors")
+        assert not again.training
+        assert type(again) is type(defense or network)
+        assert described(again) == (None if defense is None else described(defense))
+        with torch.no_grad():
+            assert torch.equal(again(sample()).logits, (defense or network)(sample()).logits)
 
 
 def test_an_unknown_defense_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,8 @@ LONG = 4
 """How many times the steps of the others the longest member takes."""
 HALVINGS = 8
 """How often the stretch between the clean image and the one found is halved in search of a smaller perturbation."""
+SUMS = 100_000
+"""How many different sums of prices are formed at most in search of what a guarded image can cost."""
 
 
 def member(name: str, space: Ball, steps: int) -> Attack:
@@ -62,7 +65,7 @@ class AutoEnergy(Attack):
     passed over: the random search needs none. A last descent goes on from the best that was found, with steps an eighth as long, so that the
     worst case of a short run is not left half-way. No member alone finds more on any image, but for what another batch size does to rounding.
     In the end each perturbation is scaled down for as long as the image spends as much, as it is and rounded to 8 bits: one radius for all images
-    is more than most of them need.
+    is more than most of them need. Behind a budget guard an image that costs what the guard lets through is done: nothing can make it cost more.
 
     Args:
         norm: ``linf`` or ``l2``.
@@ -97,6 +100,7 @@ class AutoEnergy(Attack):
 
     def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
         """Run every round and keep the worst case by the FLOPs of a pass that really skips, through the network's own decisions."""
+        ledger = within_reach(network, ledger)
         best = BestIterate(images)
         best.offer(images, self._spent(network, images, ledger), 0)
         winner = torch.full((len(images),), -1, device=images.device)
@@ -140,6 +144,25 @@ class AutoEnergy(Attack):
         """FLOPs (b,) in float32, whatever the members craft in: what is so close to a threshold must have crossed it in the end."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return ledger(network(images, measuring_execution(network)).gates)
+
+
+def within_reach(network: DynamicNetwork, ledger: FlopsLedger) -> FlopsLedger:
+    """The price list with ``dense`` lowered to what an image can cost at most, where the network has a ``certificate`` (MACs).
+
+    A cap lies between two costs as a rule: the most is the largest sum of prices below it. Of gates with many units, or with more different sums
+    than :data:`SUMS`, it is the cap itself; images that cannot reach that are attacked to the end.
+    """
+    certificate: float | None = getattr(network, "certificate", None)
+    if certificate is None:
+        return ledger
+    room, sums = certificate - ledger.fixed, {0.0}
+    for charge in ledger.charges:
+        price = ledger.prices[charge.module]
+        sums |= {total + price for total in sums if total + price <= room}
+        if len(sums) > SUMS or any(ledger.units[gate] > 1 for gate in charge.gates):
+            sums = {room}
+            break
+    return replace(ledger, dense=min(ledger.dense, ledger.fixed + max(sums)))
 
 
 def eight_bit(images: Tensor) -> Tensor:

@@ -56,14 +56,16 @@ HELP = {
         "print what each gate's decision costs",
         "price (-c RECIPE | --checkpoint NAME) [--size 32]",
         "  -c FILE            recipe with a network, such as network/skipnet-38\n"
-        "  --checkpoint NAME  shipped name or .safetensors file\n"
+        "  --checkpoint NAME  shipped name or .safetensors file, measured behind the defense that it was trained behind\n"
+        "  --bare true        leave out the defense that the checkpoint was trained behind\n"
         "  --size N           side of the images in pixels\n",
     ),
     "audit": Help(
         "prove the FLOPs: four independent counts must agree",
         "audit (-c RECIPE | --checkpoint NAME) [--images N] [--patterns N] [--size N]",
         "  -c FILE            recipe with a network; with data too, its test images are used instead of random ones\n"
-        "  --checkpoint NAME  shipped name or .safetensors file\n"
+        "  --checkpoint NAME  shipped name or .safetensors file, measured behind the defense that it was trained behind\n"
+        "  --bare true        leave out the defense that the checkpoint was trained behind\n"
         "  --images N         images whose own gates decide (default 100)\n"
         "  --patterns N       random gate patterns that are forced (default 100)\n"
         "  --size N           side of the random images in pixels\n"
@@ -73,7 +75,9 @@ HELP = {
     "doctor": Help(
         "ask whether a network hides its gradient: is its robustness to be believed?",
         "doctor (--checkpoint NAME | -c RECIPE) [--images N] [--steps N] [--norm linf|l2] [--eps R] [--source NAME]",
-        "  --checkpoint NAME  shipped name or .safetensors file; its own data set is used where no recipe names another\n"
+        "  --checkpoint NAME  shipped name or .safetensors file, measured behind the defense that it was trained behind; its own data set is\n"
+        "                     used where no recipe names another\n"
+        "  --bare true        leave out the defense that the checkpoint was trained behind\n"
         "  -c FILE            recipe with a network or data, such as data/folder\n"
         "  --data.root DIR    where the data set lies\n"
         "  --images N         test images (default 100), a seeded choice\n"

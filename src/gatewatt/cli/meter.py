@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatewatt.callbacks.console import percent, print_table
 from gatewatt.cli.quiet import quiet
-from gatewatt.defenses import Wrapper
+from gatewatt.defenses import Wrapper, behind
 from gatewatt.flops import Routes, compare_routes, price, random_patterns
 from gatewatt.gating import DynamicNetwork
 from gatewatt.networks.checkpoint import card_of, load, load_weights
@@ -61,6 +61,7 @@ def make_parser(verb: str) -> ArgumentParser:
     parser.add_argument(f"--{DEFENSE}", type=Callable[[DynamicNetwork], Wrapper] | None, default=None)
     parser.add_argument("--config", action="config")
     parser.add_argument("--checkpoint", type=str | None, default=None)
+    parser.add_argument("--bare", type=bool, default=False)
     parser.add_argument("--size", type=PositiveInt | None, default=None)
     if verb != "price":
         parser.add_subclass_arguments(LightningDataModule, "data", required=False)
@@ -88,18 +89,25 @@ def parse(parser: ArgumentParser, recipe: Recipe, flags: Sequence[str]) -> Names
 
 
 def build(built: Namespace) -> Subject:
-    """Put weights into the network, or take the network from its checkpoint, put it behind its defense, and settle the size of the images."""
+    """Put weights into the network, or take the network from its checkpoint, put it behind its defense, and settle the size of the images.
+
+    Where no defense is given it is the one that the checkpoint was trained behind, which ``bare`` leaves out.
+    """
     network, defense, checkpoint, data = built.get(NETWORK), built.get(DEFENSE), built.checkpoint, built.get("data")
-    stated = None if checkpoint is None else card_of(checkpoint).get("size")
+    card = {} if checkpoint is None else card_of(checkpoint)
     if network is None:
         if checkpoint is None:
             raise ValueError("no network is given; name a recipe with one, such as -c network/skipnet-38, or --checkpoint NAME")
         network = load(checkpoint)
     elif checkpoint is not None:
         load_weights(network, checkpoint)
-    size = built.size or getattr(data, "size", None) or (stated if isinstance(stated, int) else DEFAULT_SIZE)
+    size = built.size or getattr(data, "size", None) or card.get("size")
+    size = size if isinstance(size, int) else DEFAULT_SIZE
     if defense is not None:
         network = defense(network)
+    elif card.get("defense") and not built.bare:
+        network = behind(network, card["defense"], size=size)
+        print(f"{checkpoint} was trained behind {card['defense']['name']} and is measured behind it; --bare true: the network inside")
     return Subject(network.eval(), data, checkpoint or type(network).__name__, size)
 
 

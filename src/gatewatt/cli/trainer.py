@@ -26,7 +26,9 @@ from gatewatt.cli.folder import FOLDER_VARIABLE, RunFolder, clear_leftovers, fie
 from gatewatt.cli.quiet import quiet
 from gatewatt.cli.resume import LENGTH, Resumable, check_fit, last_checkpoint, result_of, resuming_command, say
 from gatewatt.cli.stop import Stop
+from gatewatt.defenses import Wrapper
 from gatewatt.files import DISK, WriteFailed, write_text
+from gatewatt.networks.checkpoint import card_of
 from gatewatt.recipes import Recipe, RecipeError
 
 PARTS = ("attacks", "callbacks", "data", "networks", "objectives", "tasks")  # a class may be named without its module once it is imported
@@ -162,6 +164,8 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Reserve the run's folder and build the trainer on it."""
         check_classes(self.model, self.datamodule)
+        if self.verb != "fit" and process_rank() == 0 and (left_out := defense_left_out(self.model)):
+            say(left_out)
         resolved = self.resolved()
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint is not None and Path(checkpoint).is_file():
@@ -272,6 +276,18 @@ def check_classes(task: object, data: L.LightningDataModule | None) -> None:
     if classes is not None and there is not None and classes != there:
         name = getattr(data, "name", type(data).__name__)
         raise ValueError(f"num_classes of the network is {classes}, the data {name} has {there} classes; set num_classes to {there}")
+
+
+def defense_left_out(task: object) -> str | None:
+    """One line if the weights of ``task`` were trained behind a defense and are to be measured without any; else None."""
+    checkpoint, network = getattr(task, "checkpoint", None), getattr(task, "network", None)
+    defense = card_of(checkpoint).get("defense") if checkpoint is not None and not isinstance(network, Wrapper) else None
+    if not defense:
+        return None
+    values = " ".join(f"{key}={value}" for key, value in defense.items() if isinstance(value, (int, float)))
+    return (
+        f"{checkpoint} was trained behind {' '.join(filter(None, (defense['name'], values)))}, and this run measures it without: add -c defense/..."
+    )
 
 
 def empty_mappings(settings: dict[str, Any], key: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from gatewatt.defenses.bits import BitDepth
 from gatewatt.defenses.cache import Crops, PerturbationCache
 from gatewatt.defenses.guard import BudgetGuard
 from gatewatt.defenses.jpeg import JPEG
-from gatewatt.defenses.restore import behind
+from gatewatt.defenses.restore import behind, restored
 from gatewatt.defenses.route import FixedRoute, busiest_route
 from gatewatt.defenses.smoothing import MedianFilter
 
@@ -27,4 +27,5 @@ __all__ = [
     "behind",
     "busiest_route",
     "described",
+    "restored",
 ]

@@ -1,8 +1,9 @@
-"""The defense of a record or a card, built again: the inverse of :func:`~gatewatt.defenses.described`."""
+"""The defense of a record or a card, built again, the inverse of :func:`~gatewatt.defenses.described`; and a checkpoint behind its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gatewatt.defenses.base import Defended, InputDefense
@@ -12,6 +13,7 @@ from gatewatt.defenses.jpeg import JPEG
 from gatewatt.defenses.route import FixedRoute
 from gatewatt.defenses.smoothing import MedianFilter
 from gatewatt.gating import DynamicNetwork
+from gatewatt.networks.checkpoint import card_of, load
 
 TRANSFORMS: dict[str, type[InputDefense]] = {kind.__name__: kind for kind in (BitDepth, JPEG, MedianFilter)}
 
@@ -19,7 +21,7 @@ TRANSFORMS: dict[str, type[InputDefense]] = {kind.__name__: kind for kind in (Bi
 def behind(network: DynamicNetwork, defense: Mapping[str, Any] | None, *, size: int = 32) -> DynamicNetwork:
     """The network behind the defense that a summary or the card of a checkpoint describes; without one, the network itself.
 
-    A checkpoint holds the weights of the network inside, so ``behind(load(FILE), card_of(FILE)["defense"])`` is what was trained.
+    A checkpoint holds the weights of the network inside; :func:`restored` puts it back behind what it was trained behind.
 
     Args:
         network: the network inside.
@@ -47,3 +49,22 @@ def behind(network: DynamicNetwork, defense: Mapping[str, Any] | None, *, size: 
         else:
             raise ValueError(f"defense {name!r} is not one that can be built again: FixedRoute, BudgetGuard, {', '.join(TRANSFORMS)}")
     return network
+
+
+def restored(checkpoint: str | Path) -> DynamicNetwork:
+    """The network of a checkpoint behind the defense that it was trained behind, in eval mode; without one, :func:`gatewatt.load`'s.
+
+    Args:
+        checkpoint: a shipped name, or the path of a ``.safetensors`` file with its card beside it.
+
+    Raises:
+        ValueError: for a damaged file, or a defense that is none of :mod:`gatewatt.defenses`.
+        FileNotFoundError: if there is none.
+
+    Example:
+        >>> type(restored("skipnet-20-digits")).__name__  # its card names no defense
+        'SkipNet'
+    """
+    card = card_of(checkpoint)
+    size = card.get("size")
+    return behind(load(checkpoint), card.get("defense"), size=size if isinstance(size, int) else 32).eval()

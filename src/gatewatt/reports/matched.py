@@ -109,7 +109,7 @@ def match(
         return Matched(image, (), (), (), (fault,))
     curves: dict[str, list[Run]] = {}
     for method, runs in panel.methods.items():
-        distinct = _distinct(runs, image)
+        distinct = distinct_runs(runs, image)
         if len(distinct) < 2:
             notes.append(f"{method} is left out: a line needs runs at two or more MSE values above 0, it has {len(distinct)}")
         else:
@@ -117,7 +117,7 @@ def match(
     if len(curves) < 2:
         return Matched(image, (), (), (), (*notes, "fewer than two methods have a line: nothing to compare"))
 
-    ranges = {method: (_mean_mse(runs[0], image), _mean_mse(runs[-1], image)) for method, runs in curves.items()}
+    ranges = {method: (mean_mse(runs[0], image), mean_mse(runs[-1], image)) for method, runs in curves.items()}
     together = _overlapping(ranges)
     if len(together) < 2:
         covered = ", ".join(f"{method} {low:.3g} to {high:.3g}" for method, (low, high) in ranges.items())
@@ -132,7 +132,7 @@ def match(
         if not low <= value <= high:
             raise ValueError(f"MSE {value:g} lies outside {low:.3g} to {high:.3g}, the range that the compared methods cover")
 
-    samples = _interpolated(list(curves.values()), np.log(values), image, draws=draws, seed=seed)
+    samples = interpolated(list(curves.values()), np.log(values), image, draws=draws, seed=seed)
     recovery = dict(zip(curves, samples, strict=True))
     points = tuple(
         MatchedPoint(method, value, float(found[0, index]), *percentile_interval(found[1:, index], level))
@@ -172,8 +172,19 @@ def _orderings(panel: Panel, recovery: dict[str, Column], values: Sequence[float
     return orderings
 
 
-def _interpolated(curves: list[list[Run]], log_values: Column, image: Image, *, draws: int, seed: int) -> list[Column]:
-    """Per method (1 + draws, values): recovery interpolated from the sums over all images, then over each resample."""
+def interpolated(curves: list[list[Run]], log_values: Column, image: Image, *, draws: int, seed: int) -> list[Column]:
+    """Recovery of several curves at common MSE values, linear in log MSE between a curve's runs.
+
+    Args:
+        curves: of each method, or network, its runs at two or more MSE values; all on the same images, one resample of which serves all.
+        log_values: logarithms of the MSE values.
+        image: which adversarial image to measure.
+        draws: bootstrap resamples.
+        seed: of the resampling.
+
+    Returns:
+        Per curve (1 + draws, values), in percent: from the sums over all images, then over each resample.
+    """
     runs = [run for curve in curves for run in curve]
     # (n, 3, R): what the attack won, what the clean image saved, squared error
     columns = np.stack([np.stack([_won(run, image), run.flops[:, 0] - run.flops[:, 1], _mse(run, image)], axis=1) for run in runs], axis=2)
@@ -205,12 +216,12 @@ def round_values(low: float, high: float) -> tuple[float, ...]:
     return tuple(float(value) for value in np.geomspace(low, high, 7)[1:-1])
 
 
-def _distinct(runs: list[Run], image: Image) -> list[Run]:
+def distinct_runs(runs: list[Run], image: Image) -> list[Run]:
     """Runs by ascending mean MSE; unchanged images have no place on a log axis, and of several at one MSE the first is kept."""
     kept: list[Run] = []
-    for run in sorted(runs, key=lambda run: _mean_mse(run, image)):
-        mse = _mean_mse(run, image)
-        if mse > 0 and not (kept and math.isclose(mse, _mean_mse(kept[-1], image), rel_tol=1e-9)):
+    for run in sorted(runs, key=lambda run: mean_mse(run, image)):
+        mse = mean_mse(run, image)
+        if mse > 0 and not (kept and math.isclose(mse, mean_mse(kept[-1], image), rel_tol=1e-9)):
             kept.append(run)
     return kept
 
@@ -240,5 +251,6 @@ def _mse(run: Run, image: Image) -> Column:
     return run.mse[:, 0 if image == "float" else 1]
 
 
-def _mean_mse(run: Run, image: Image) -> float:
+def mean_mse(run: Run, image: Image) -> float:
+    """Squared 8-bit levels, the mean over images."""
     return float(_mse(run, image).mean())
