@@ -10,9 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from tests.training import QUIET, skipnet
 
-from gatewatt.networks.checkpoint import save
+from gatewatt.defenses import BudgetGuard
+from gatewatt.flops import price
+from gatewatt.gating import forced
+from gatewatt.networks.checkpoint import load, save
+from gatewatt.recipes import load_recipes
 
 pytestmark = [*QUIET, pytest.mark.timeout(300)]
 
@@ -180,3 +185,96 @@ def test_gradmdm_is_compared_at_equal_mse(script: Any, checkpoint: str, tmp_path
 def test_seeds_are_told_apart(script: Any) -> None:
     over_seeds = script("robustness").over_seeds
     assert [over_seeds([12.04]), over_seeds([10.0, 20.0]), over_seeds([float("nan")])] == ["12.0 %", "15.0 % (10.0 to 20.0)", "-"]
+
+
+# ---- ablations.py ----
+
+
+def test_every_variant_changes_what_the_recipe_says(script: Any) -> None:
+    ablations = script("ablations")
+    recipe = load_recipes([ablations.RECIPE]).settings
+    changes = []
+    for variant, flags in ablations.VARIANTS.items():
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            node: Any = recipe
+            for part in flag.removeprefix("--").split("."):
+                node = node.get("init_args", node)[part]
+            assert node != json.loads(value), f"{variant}: {flag} is {value} already"
+        changes.append(flags)
+    assert changes[0] == ()
+    assert len(set(changes)) == len(changes)
+
+
+def test_ablations_stand_beside_the_undefended_network(
+    script: Any, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablations, asked = script("ablations"), []
+
+    def trained(*arguments: object) -> str:
+        asked.append(arguments)
+        return checkpoint
+
+    monkeypatch.setattr(ablations, "trained", trained)
+    run = [
+        "--out",
+        str(tmp_path / "out"),
+        "--images",
+        "4",
+        "--steps",
+        "1",
+        "--attacks",
+        "gradmdm",
+        "--variants",
+        "all",
+        "no gap",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    ablations.main([*run, "--epochs", "3"])
+    assert asked == [
+        (ablations.RECIPE, seed, Path(f"runs/ablation-{name}-seed{seed}"), *flags, "--trainer.max_epochs", "3")
+        for seed in (0, 1)
+        for name, flags in (("all", ()), ("no-gap", ("--model.objective.gap", "0")))
+    ]
+    page = (tmp_path / "out" / "ABLATIONS.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith(("| skipnet", "| all", "| no-gap"))]
+    assert [row[:2] for row in rows] == [["skipnet-20-digits", "1"], ["all", "2"], ["no-gap", "2"]]
+    # Both variants are the same weights here.
+    assert rows[1][2:] == rows[2][2:]
+    assert rows[0][2:] != rows[1][2:]
+
+
+# ---- frontier.py ----
+
+
+def test_what_a_guard_certifies_is_measured_once_and_drawn(script: Any, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frontier, out = script("frontier"), tmp_path / "out"
+    asked = ["--data", "digits", "--checkpoints", checkpoint, "--images", "8", "--out", str(out), "--budgets"]
+    frontier.main([*asked, "0.01", "0.6", "0.9"])
+    (found,) = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    # A budget below what always runs has no point.
+    assert [point["budget"] for point in found["points"]] == [None, 0.6, 0.9]
+    network = load(checkpoint)
+    images = torch.zeros(1, 3, 32, 32)
+    dense = price(network, images).dense
+    for point in found["points"][1:]:
+        guarded = BudgetGuard(network, point["budget"])
+        with forced(network, {name: torch.ones(1, 1) for name in price(network, images).units}), torch.no_grad():
+            open_wide = price(guarded, images)(guarded(images, "skipped").gates).item()
+        assert point["flops"] <= point["most"] <= point["budget"]
+        assert open_wide <= point["most"] * dense * (1 + 1e-12) <= guarded.certificate
+        assert point["static_flops"] <= point["budget"]
+    page = (out / "FRONTIER.md").read_text()
+    last = found["points"][-1]
+    assert f"| {100 * (last['most'] - last['flops']) / (1 - last['flops']):.1f} % | {100 * last['static_accuracy']:.1f} % |" in page
+    assert (out / "frontier.png").stat().st_size > 1000
+
+    def measured_again(*arguments: object) -> None:
+        raise AssertionError("what is there was measured again")
+
+    monkeypatch.setattr(frontier, "points_of", measured_again)
+    frontier.main([*asked, "0.01", "0.6", "0.9"])
+    assert (out / "FRONTIER.md").read_text() == page
+    with pytest.raises(SystemExit, match="frontier-plain.json is of another budgets; remove it"):
+        frontier.main([*asked, "0.5"])
