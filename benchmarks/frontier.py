@@ -4,7 +4,8 @@
     python benchmarks/frontier.py --data FOLDER --checkpoints skipnet-38-cifar10-hrl --budgets 0.5 0.6 0.7 --images 8000
 
 No attack is run: behind a guard no image can cost more than its certificate, so recovery is at most what lies between that and the clean images.
-The static route of the same cost stands beside each, its weights as they are. One file a network in OUT, frontier-<checkpoint>.json; a network that
+Two guards, one that serves gates as they come and one that keeps room for those that images use most, and the static route of these gates alone;
+weights as they are. One file a network in OUT, frontier-<checkpoint>.json; a network that
 is there is not measured again, and one of other weights, images or budgets is refused. FRONTIER.md is rendered from these files alone.
 FOLDER holds {train,test}/<class>/* of CIFAR-10.
 """
@@ -26,12 +27,13 @@ from gatewatt.cli.quiet import quiet
 from gatewatt.data import ImageData
 from gatewatt.data.batch import BatchKey
 from gatewatt.data.splits import subset
-from gatewatt.defenses import BudgetGuard, FixedRoute, busiest_route
+from gatewatt.defenses import BudgetGuard, FixedRoute, ReservingGuard, busiest_route
 from gatewatt.files import write_text
 from gatewatt.flops import measuring
 from gatewatt.gating import DynamicNetwork, gate_table
 from gatewatt.metrics.estimates import route_statistics
 from gatewatt.networks.checkpoint import card_of
+from gatewatt.reports.figures import COLOURS
 from gatewatt.reports.plots import drawn
 from gatewatt.tasks.evaluate import CleanEvaluation
 
@@ -70,11 +72,11 @@ def clean_figures(network: DynamicNetwork, data: ImageData, dense: float) -> dic
 
 
 def points_of(checkpoint: str, budgets: Sequence[float], data: ImageData) -> list[dict[str, Any]]:
-    """The network as it is, then each budget's guard and static route; budgets below what always runs are left out."""
+    """The network as it is, then each budget's guards and static route; budgets below what always runs are left out."""
     image = torch.zeros(1, 3, data.size, data.size)
     network = load(checkpoint).eval()
     ledger = price(network, image)
-    points = [{"budget": None, **clean_figures(network, data, ledger.dense)}]
+    points = [{"budget": None, "kind": "no guard", **clean_figures(network, data, ledger.dense)}]
     training = data.split("train").augmented(None)
     chosen = subset(len(training), CHOOSING, data.split_seed)
     pixels = training[BatchKey(data.seed, 0, 0, chosen)].images
@@ -84,13 +86,13 @@ def points_of(checkpoint: str, budgets: Sequence[float], data: ImageData) -> lis
         except ValueError as error:
             print(f"{checkpoint}: {error}")
             continue
-        point = {"budget": budget, **clean_figures(guarded, data, ledger.dense)}
-        single = all(units == 1 for units in ledger.units.values())
-        if single and (route := busiest_route(network, pixels, budget)):
+        points.append({"budget": budget, "kind": "as they come", **clean_figures(guarded, data, ledger.dense)})
+        if all(units == 1 for units in ledger.units.values()):
+            route = busiest_route(network, pixels, budget)
             # A route changes how the network inside decides.
-            static = clean_figures(FixedRoute(load(checkpoint).eval(), route, size=data.size), data, ledger.dense)
-            point |= {"static_accuracy": static["accuracy"], "static_flops": static["flops"]}
-        points.append(point)
+            static = FixedRoute(load(checkpoint).eval(), route, size=data.size)
+            for kind, other in (("reserving", ReservingGuard(network, budget, route, size=data.size)), ("static", static)):
+                points.append({"budget": budget, "kind": kind, **clean_figures(other, data, ledger.dense)})
     return points
 
 
@@ -122,37 +124,38 @@ def certified(point: Mapping[str, Any]) -> float:
     return 100 * (point["most"] - point["flops"]) / (1 - point["flops"])
 
 
-COLUMNS = "network, budget, accuracy, FLOPs, sd, routes, most FLOPs, recovery at most, static route, its FLOPs".split(", ")
+COLUMNS = "network, budget, guard, accuracy, FLOPs, sd, routes, most FLOPs, recovery at most".split(", ")
 
 
 def line(checkpoint: str, point: Mapping[str, Any]) -> list[str]:
     """One line of the table."""
-    shares = {key: "-" if point.get(key) is None else f"{100 * point[key]:.1f} %" for key in ("budget", "static_accuracy", "static_flops")}
     return [
         checkpoint,
-        shares["budget"],
+        "-" if point["budget"] is None else f"{100 * point['budget']:.1f} %",
+        point["kind"],
         f"{100 * point['accuracy']:.1f} %",
         f"{100 * point['flops']:.1f} %",
         f"{100 * point['flops_sd']:.1f} %",
         str(point["routes"]),
         f"{100 * point['most']:.1f} %",
-        f"{certified(point):.1f} %",
-        shares["static_accuracy"],
-        shares["static_flops"],
+        "-" if point["kind"] == "static" else f"{certified(point):.1f} %",
     ]
 
 
 def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against the certified recovery, a line a network."""
-    with drawn(path, 6.4, 4.4) as axes:
+    """Accuracy against the certificate, a colour a network."""
+    with drawn(path, 8.0, 5.6) as axes:
         (plot,) = axes.flat
-        for each in found:
-            x, y = zip(*sorted((certified(point), 100 * point["accuracy"]) for point in each["points"]), strict=True)
-            plot.plot(x, y, marker="o", markersize=4, linewidth=1.2, label=each["checkpoint"])
-        plot.set_xlabel("FLOPs recovered at most, % (certified; 100 without a guard)")
+        for number, each in enumerate(found):
+            for kind, style, marker in (("as they come", "--", "o"), ("reserving", "-", "s"), ("static", ":", "^")):
+                points = sorted((100 * point["most"], 100 * point["accuracy"]) for point in each["points"] if point["kind"] == kind)
+                if points:
+                    x, y = zip(*points, strict=True)
+                    plot.plot(x, y, style, marker=marker, markersize=4, linewidth=1.2, color=COLOURS[number % len(COLOURS)], label=f"{each['checkpoint']}, {kind}")
+        plot.set_xlabel("most FLOPs of any image, % of dense (certified)")
         plot.set_ylabel("accuracy on clean images, %")
         plot.grid(True, linewidth=0.3, alpha=0.6)
-        plot.legend(fontsize=7)
+        plot.legend(fontsize=5, ncols=2)
 
 
 def render(out: Path) -> str:
@@ -164,10 +167,10 @@ def render(out: Path) -> str:
         "",
         f"Rendered by `python benchmarks/frontier.py` from the files beside this page; {found[0]['images']} clean test images, no further training.",
         "Shares are of the dense FLOPs. *recovery at most* needs no attack: it is what remains between the clean images and the most that any image",
-        "can cost. The first line of a network is without a guard. *static route* is the accuracy of the busiest route that fits into the budget,",
-        "with the same weights; networks whose gates have many units have none.",
+        "can cost. *as they come*: BudgetGuard; *reserving*: ReservingGuard of the busiest route that fits into the budget; *static*: that route for",
+        "every image. Networks whose gates have many units have the first alone.",
         "",
-        "![Accuracy against certified recovery](frontier.png)",
+        "![Accuracy against the certificate](frontier.png)",
         "",
         *table,
     ]

@@ -8,7 +8,8 @@ from tests.contracts.zoo import FAMILIES, sample, settled
 from torch import Tensor
 
 from gatewatt.attacks import ComplexityOnly, EnergyAttack, HingeLoss, LinfBall
-from gatewatt.defenses import JPEG, BitDepth, BudgetGuard, Defended, MedianFilter, Wrapper
+from gatewatt.defenses import JPEG, BitDepth, BudgetGuard, Defended, MedianFilter, ReservingGuard, Wrapper
+from gatewatt.defenses.nesting import lies_within
 from gatewatt.flops import compare_routes, price
 from gatewatt.gating import DynamicNetwork, check_finite, forced, gate_table, split_output
 
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.timeout(300)
 
 def defended(network: DynamicNetwork) -> list[Wrapper]:
     """The network behind each defense."""
-    return [Defended(network, JPEG(90)), Defended(network, MedianFilter()), Defended(network, BitDepth(3)), BudgetGuard(network, 0.9)]
+    last = list(lies_within(network, 32))[-1]
+    guards = [BudgetGuard(network, 0.9), ReservingGuard(network, 0.9, [last])]
+    return [Defended(network, JPEG(90)), Defended(network, MedianFilter()), Defended(network, BitDepth(3)), *guards]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.contracts.zoo import sample, settled
 
-from gatewatt.defenses import JPEG, BitDepth, BudgetGuard, Defended, FixedRoute, MedianFilter, behind, described, restored
+from gatewatt.defenses import JPEG, BitDepth, BudgetGuard, Defended, FixedRoute, MedianFilter, ReservingGuard, behind, described, restored
 from gatewatt.gating import DynamicNetwork
 from gatewatt.networks.checkpoint import save
 
@@ -21,6 +21,7 @@ def test_every_defense_is_what_its_description_builds() -> None:
         Defended(network, MedianFilter(5)),
         Defended(network, BitDepth(2)),
         BudgetGuard(network, 0.8, pace=0.5),
+        ReservingGuard(network, 0.8, ["block2"]),
         Defended(BudgetGuard(network, 0.8), JPEG(60)),
     ]
     for target in targets:

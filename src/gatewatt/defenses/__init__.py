@@ -8,6 +8,7 @@ from gatewatt.defenses.bits import BitDepth
 from gatewatt.defenses.cache import Crops, PerturbationCache
 from gatewatt.defenses.guard import BudgetGuard
 from gatewatt.defenses.jpeg import JPEG
+from gatewatt.defenses.reserve import ReservingGuard
 from gatewatt.defenses.restore import behind, restored
 from gatewatt.defenses.route import FixedRoute, busiest_route
 from gatewatt.defenses.smoothing import MedianFilter
@@ -22,6 +23,7 @@ __all__ = [
     "InputDefense",
     "MedianFilter",
     "PerturbationCache",
+    "ReservingGuard",
     "Wrapper",
     "bare",
     "behind",

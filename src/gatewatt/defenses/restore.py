@@ -10,6 +10,7 @@ from gatewatt.defenses.base import Defended, InputDefense
 from gatewatt.defenses.bits import BitDepth
 from gatewatt.defenses.guard import BudgetGuard
 from gatewatt.defenses.jpeg import JPEG
+from gatewatt.defenses.reserve import ReservingGuard
 from gatewatt.defenses.route import FixedRoute
 from gatewatt.defenses.smoothing import MedianFilter
 from gatewatt.gating import DynamicNetwork
@@ -44,10 +45,12 @@ def behind(network: DynamicNetwork, defense: Mapping[str, Any] | None, *, size: 
             network = FixedRoute(network, part["open_gates"], size=size)
         elif name == "BudgetGuard":
             network = BudgetGuard(network, part["budget"], pace=part["pace"], size=size)
+        elif name == "ReservingGuard":
+            network = ReservingGuard(network, part["budget"], part["reserved"], size=size)
         elif name in TRANSFORMS:
             network = Defended(network, TRANSFORMS[name](**{key: value for key, value in part.items() if key != "name"}))
         else:
-            raise ValueError(f"defense {name!r} is not one that can be built again: FixedRoute, BudgetGuard, {', '.join(TRANSFORMS)}")
+            raise ValueError(f"defense {name!r} is not one that can be built again: FixedRoute, BudgetGuard, ReservingGuard, {', '.join(TRANSFORMS)}")
     return network
 
 
