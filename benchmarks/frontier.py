@@ -53,7 +53,8 @@ CHOOSING = 256
 
 def clean_figures(network: DynamicNetwork, data: ImageData, dense: float) -> dict[str, Any]:
     """Accuracy, FLOPs (of ``dense``) and their spread, and the number of routes, on clean test images; the most FLOPs that any image can cost."""
-    ledger = price(network, torch.zeros(1, 3, data.size, data.size))
+    image = torch.zeros(1, 3, data.size, data.size)
+    ledger = price(network, image)
     evaluation = CleanEvaluation(network, ledger, int(network.arguments["num_classes"]))
     spent, executed = [], []
     with measuring(network):
@@ -67,7 +68,7 @@ def clean_figures(network: DynamicNetwork, data: ImageData, dense: float) -> dic
         "flops": float(flops.mean()),
         "flops_sd": float(flops.std(unbiased=False)),
         "routes": route_statistics(torch.cat(executed).numpy()).routes,
-        "most": within_reach(network, ledger).dense / dense,
+        "most": within_reach(network, ledger, image).dense / dense,
     }
 
 
@@ -147,11 +148,12 @@ def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     with drawn(path, 8.0, 5.6) as axes:
         (plot,) = axes.flat
         for number, each in enumerate(found):
+            colour = COLOURS[number % len(COLOURS)]
             for kind, style, marker in (("as they come", "--", "o"), ("reserving", "-", "s"), ("static", ":", "^")):
                 points = sorted((100 * point["most"], 100 * point["accuracy"]) for point in each["points"] if point["kind"] == kind)
                 if points:
                     x, y = zip(*points, strict=True)
-                    plot.plot(x, y, style, marker=marker, markersize=4, linewidth=1.2, color=COLOURS[number % len(COLOURS)], label=f"{each['checkpoint']}, {kind}")
+                    plot.plot(x, y, style, marker=marker, markersize=4, linewidth=1.2, color=colour, label=f"{each['checkpoint']}, {kind}")
         plot.set_xlabel("most FLOPs of any image, % of dense (certified)")
         plot.set_ylabel("accuracy on clean images, %")
         plot.grid(True, linewidth=0.3, alpha=0.6)

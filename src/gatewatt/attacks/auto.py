@@ -100,7 +100,7 @@ class AutoEnergy(Attack):
 
     def craft(self, network: DynamicNetwork, images: Tensor, labels: Tensor | None, ledger: FlopsLedger) -> AttackResult:
         """Run every round and keep the worst case by the FLOPs of a pass that really skips, through the network's own decisions."""
-        ledger = within_reach(network, ledger)
+        ledger = within_reach(network, ledger, images[:1])
         best = BestIterate(images)
         best.offer(images, self._spent(network, images, ledger), 0)
         winner = torch.full((len(images),), -1, device=images.device)
@@ -146,23 +146,38 @@ class AutoEnergy(Attack):
             return ledger(network(images, measuring_execution(network)).gates)
 
 
-def within_reach(network: DynamicNetwork, ledger: FlopsLedger) -> FlopsLedger:
+def within_reach(network: DynamicNetwork, ledger: FlopsLedger, image: Tensor) -> FlopsLedger:
     """The price list with ``dense`` lowered to what an image can cost at most, where the network has a ``certificate`` (MACs).
 
-    A cap lies between two costs as a rule: the most is the largest sum of prices below it. Of gates with many units, or with more different sums
-    than :data:`SUMS`, it is the cap itself; images that cannot reach that are attacked to the end.
+    A cap lies between two costs as a rule: the most is the largest sum of prices below it, of gates that lie within open ones. With gates of many
+    units, charges of several gates, or more different sums than :data:`SUMS` it is the cap itself; images that cannot reach that are attacked to
+    the end.
+
+    Args:
+        network: behind a guard or not.
+        ledger: its prices.
+        image: any, (1, 3, H, W), to see which gates lie within which.
     """
     certificate: float | None = getattr(network, "certificate", None)
     if certificate is None:
         return ledger
-    room, sums = certificate - ledger.fixed, {0.0}
-    for charge in ledger.charges:
-        price = ledger.prices[charge.module]
-        sums |= {total + price for total in sums if total + price <= room}
-        if len(sums) > SUMS or any(ledger.units[gate] > 1 for gate in charge.gates):
-            sums = {room}
-            break
-    return replace(ledger, dense=min(ledger.dense, ledger.fixed + max(sums)))
+    room = certificate - ledger.fixed
+    own = dict.fromkeys(ledger.units, 0.0)
+    for module, names in ledger.charges:
+        own[names[0]] += ledger.prices[module]
+        if len(names) > 1 or ledger.units[names[0]] > 1:
+            return replace(ledger, dense=min(ledger.dense, certificate))
+    with torch.no_grad():
+        within = {name: frozenset(gate.within) for name, gate in network(image, measuring_execution(network)).gates.items()}
+    outer = frozenset().union(*within.values())
+    # What was spent, and which of the gates that others lie within are open.
+    states = {(0.0, frozenset[str]())}
+    for name, price in own.items():
+        opened = frozenset([name]) & outer
+        states |= {(total + price, around | opened) for total, around in states if within[name] <= around and total + price <= room}
+        if len(states) > SUMS:
+            return replace(ledger, dense=min(ledger.dense, certificate))
+    return replace(ledger, dense=min(ledger.dense, ledger.fixed + max(total for total, _ in states)))
 
 
 def eight_bit(images: Tensor) -> Tensor:
