@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a folder of CIFAR-10, or digits")
     parser.add_argument("--checkpoints", nargs="+", default=list(NETWORKS), help="shipped names or files")
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.6, 0.661, 0.7, 0.8, 0.9], help="shares of the dense FLOPs")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.6, 0.661, 0.75, 0.9], help="shares of the dense FLOPs")
     parser.add_argument("--images", type=int, default=1000, help="test images")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frontier"))
     options = parser.parse_args(arguments)

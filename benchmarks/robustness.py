@@ -315,7 +315,7 @@ def at_equal_mse(twin: str, networks: Mapping[str, Sequence[Run]]) -> list[list[
         for name, found in samples.items():
             start, end = percentile_interval(found[1:, index], 95.0)
             ratio = "" if name == twin else f"{found[0, index] / samples[twin][0, index]:.2f}"
-            lines.append([name, f"{value:g}", f"{found[0, index]:.1f} % [{start:.1f}, {end:.1f}]", ratio])
+            lines.append([name, f"{value:.3g}", f"{found[0, index]:.1f} % [{start:.1f}, {end:.1f}]", ratio])
     return lines
 
 
