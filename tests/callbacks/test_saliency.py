@@ -173,7 +173,7 @@ def test_a_calibrated_network_keeps_about_the_rate_and_not_the_same_for_all(tmp_
         gates = task.network.eval()(batch.images).gates
     rates = torch.cat([gate.executed for gate in gates.values()], 1).mean(1)
     assert 0.4 < rates.mean() < 0.8
-    assert len(rates.unique()) > 3
+    assert len(rates.unique()) >= 3
 
 
 def test_the_last_validation_measures_the_network_as_it_is_left(tmp_path: Path) -> None:
