@@ -52,6 +52,18 @@ def small() -> Tensor:
     return torch.rand(24, 3, 2, 2, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture
+def unfinished(toy: Logistic) -> Tensor:
+    """As many images with something left to open.
+
+    One that runs everything has no gradient but that of its own way through tanh and back, which is rounding, and Adam divides it by its size.
+    """
+    drawn = torch.rand(96, 3, 2, 2, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        closed = (gate_table(toy(drawn).gates).executed == 0).any(1)
+    return drawn[closed][:24]
+
+
 class Trajectory:
     """Every image that enters a network."""
 
@@ -124,21 +136,19 @@ BY_NAME: dict[str, Space] = {"tanh": TanhSpace(), "projection": ProjectionSpace(
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("space", BY_NAME)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_step_is_that_of_an_independent_implementation(method: str, space: str, reduction: Any, toy: Logistic, small: Tensor) -> None:
+def test_every_step_is_that_of_an_independent_implementation(method: str, space: str, reduction: Any, toy: Logistic, unfinished: Tensor) -> None:
+    assert len(unfinished) == 24
     settings = {"gamma": 0.7, "steps": 10, "lr": 0.03}
-    expected, conflicts = by_hand(toy, small, method=method, space=space, warm=2, alpha=4.0, literal=reduction == "sum", **settings)
+    expected, conflicts = by_hand(toy, unfinished, method=method, space=space, warm=2, alpha=4.0, literal=reduction == "sum", **settings)
     loss, direction = METHODS[method]
     attack = EnergyAttack(loss(), direction(), space=BY_NAME[space], warmup=0.2, reduction=reduction, **settings)
     trajectory = Trajectory(toy)
-    final = attack(toy, small, ledger=LEDGER).images
+    final = attack(toy, unfinished, ledger=LEDGER).images
     found = [*trajectory.images, final]
     assert len(found) == len(expected) == 11
-    # Not closer than this: the loop itself runs in float32, whatever it is given, and the reference in float64. Adam divides a gradient by its own
-    # size, so where one is next to zero, rounding, which differs between processors, decides the step: of 288 pixels that may happen to one.
+    # Not closer than this: the loop itself runs in float32, whatever it is given, and the reference in float64.
     for one, other in zip(found, expected, strict=True):
-        apart = np.abs(one.flatten(1).double().numpy() - other)
-        assert (apart > 2e-5).sum() <= 1
-        assert apart.max() < 0.01
+        np.testing.assert_allclose(one.flatten(1).double().numpy(), other, rtol=0, atol=2e-5)
     assert np.abs(expected[-1] - expected[0]).max() > 0.02
     if method in ("CGM", "GradMDM", "GradAuto"):
         assert conflicts > 20

@@ -168,12 +168,12 @@ def test_thresholds_follow_from_the_means_of_their_own_epoch_and_at_last_from_th
 
 def test_a_calibrated_network_keeps_about_the_rate_and_not_the_same_for_all(tmp_path: Path) -> None:
     _, task = fit(tmp_path, SaliencyCalibration(0.6), max_epochs=2, limit_train_batches=8)
-    batch = next(iter(digits().train_dataloader()))
+    images = torch.cat([batch.images for batch in batches(digits(), "test")])
     with torch.no_grad():
-        gates = task.network.eval()(batch.images).gates
+        gates = task.network.eval()(images).gates
     rates = torch.cat([gate.executed for gate in gates.values()], 1).mean(1)
     assert 0.4 < rates.mean() < 0.8
-    assert len(rates.unique()) >= 3
+    assert len(rates.unique()) > 3
 
 
 def test_the_last_validation_measures_the_network_as_it_is_left(tmp_path: Path) -> None:
