@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from robustness import ATTACKS, Contestant, Entry, data_of, entries, markdown, measured, over_seeds, trained
+from contestants import ATTACKS, Contestant, Entry, data_of, entries, markdown, measured, over_seeds, trained
 
 from gatewatt.cli.quiet import quiet
 from gatewatt.files import write_text

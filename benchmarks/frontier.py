@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from robustness import data_of, markdown
+from contestants import data_of, markdown
 
 from gatewatt import load, price
-from gatewatt.attacks.auto import within_reach
 from gatewatt.cli.quiet import quiet
 from gatewatt.data import ImageData
 from gatewatt.data.batch import BatchKey
 from gatewatt.data.splits import subset
 from gatewatt.defenses import BudgetGuard, FixedRoute, ReservingGuard, busiest_route
 from gatewatt.files import write_text
-from gatewatt.flops import measuring
+from gatewatt.flops import measuring, within_reach
 from gatewatt.gating import DynamicNetwork, gate_table
 from gatewatt.metrics.estimates import route_statistics
 from gatewatt.networks.checkpoint import card_of

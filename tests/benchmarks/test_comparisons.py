@@ -109,7 +109,7 @@ def test_every_pair_leaves_a_run_and_the_page_comes_from_the_runs(
     def measured_again(*arguments: object) -> None:
         raise AssertionError("what is there was measured again")
 
-    monkeypatch.setattr(robustness, "run_attack", measured_again)
+    monkeypatch.setattr(script("contestants"), "run_attack", measured_again)
     robustness.main(asked)
     assert (out / "ROBUSTNESS.md").read_text() == page
     robustness.main([*asked, "--twins", "plain"])
@@ -143,7 +143,7 @@ def test_a_family_is_trained_once_and_the_static_network_gets_the_worst_case(scr
         save(skipnet(seed, depth=14), folder / f"{recipe}.safetensors", card={"seed": seed, "defense": static})
         return 0
 
-    monkeypatch.setattr(robustness, "gatewatt", fit)
+    monkeypatch.setattr(script("contestants"), "gatewatt", fit)
     asked = ["--out", "out", *SMALL, "--attacks", "gradmdm", "--train", "net", "--seeds", "1", "2"]
     robustness.main(asked)
     robustness.main(asked)
@@ -184,7 +184,7 @@ def test_gradmdm_is_compared_at_equal_mse(script: Any, checkpoint: str, tmp_path
 
 
 def test_seeds_are_told_apart(script: Any) -> None:
-    over_seeds = script("robustness").over_seeds
+    over_seeds = script("contestants").over_seeds
     assert [over_seeds([12.04]), over_seeds([10.0, 20.0]), over_seeds([float("nan")])] == ["12.0 %", "15.0 % (10.0 to 20.0)", "-"]
 
 

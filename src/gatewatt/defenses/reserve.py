@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from gatewatt.defenses.guard import BudgetGuard, Plan
-from gatewatt.defenses.route import route_of
+from gatewatt.defenses.route import gates_named
 from gatewatt.gating import DynamicNetwork
 
 
@@ -42,11 +42,7 @@ class ReservingGuard(BudgetGuard):
 
     def __init__(self, network: DynamicNetwork, budget: float, reserved: Sequence[str] | str, *, size: int = 32) -> None:
         super().__init__(network, budget, size=size)
-        if isinstance(reserved, str):
-            file, reserved = reserved, route_of(reserved) or ()
-            if not reserved:
-                raise ValueError(f"{file} is of no static network: its card names no route; give the gates that are reserved for")
-        self.reserved = tuple(reserved)
+        self.reserved = gates_named(reserved, "the gates that are reserved for")
         self.plan = reserving(self.plan, self.reserved)
 
     @property

@@ -55,11 +55,7 @@ class FixedRoute(Wrapper):
 
     def __init__(self, network: DynamicNetwork, open_gates: Sequence[str] | str, *, size: int = 32) -> None:
         super().__init__(network)
-        if isinstance(open_gates, str):
-            file, open_gates = open_gates, route_of(open_gates) or ()
-            if not open_gates:
-                raise ValueError(f"{file} is of no static network: its card names no route; give the gates that stay open")
-        self.open_gates, self.decision = tuple(open_gates), hard
+        self.open_gates, self.decision = gates_named(open_gates, "the gates that stay open"), hard
         image = blank_image(network, size)
         with measuring(network):
             gates = network(image, "dense").gates
@@ -124,6 +120,22 @@ def route_of(checkpoint: str | Path) -> tuple[str, ...] | None:
     """
     defense = card_of(checkpoint).get("defense") or {}
     return tuple(defense["open_gates"]) if defense.get("name") == "FixedRoute" else None
+
+
+def gates_named(given: Sequence[str] | str, what: str) -> tuple[str, ...]:
+    """Names of gates: as they are given, or the route of a checkpoint of a static network.
+
+    Args:
+        given: names, or a checkpoint.
+        what: the names are of, for the message.
+
+    Raises:
+        ValueError: for a checkpoint whose card names no route.
+    """
+    route = route_of(given) if isinstance(given, str) else tuple(given)
+    if route is None:
+        raise ValueError(f"{given} is of no static network: its card names no route; give {what}")
+    return route
 
 
 def busiest_route(network: DynamicNetwork, images: Tensor, budget: float) -> tuple[str, ...]:

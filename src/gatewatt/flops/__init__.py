@@ -4,6 +4,7 @@ from gatewatt.flops.audit import ExecutionMeter, Routes, audit, audit_dispatched
 from gatewatt.flops.handles import UnpricedOperator
 from gatewatt.flops.ledger import FlopsLedger
 from gatewatt.flops.pricing import measuring, price
+from gatewatt.flops.reach import within_reach
 
 __all__ = [
     "ExecutionMeter",
@@ -16,4 +17,5 @@ __all__ = [
     "measuring",
     "price",
     "random_patterns",
+    "within_reach",
 ]
