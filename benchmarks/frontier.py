@@ -4,9 +4,9 @@
     python benchmarks/frontier.py --data FOLDER --checkpoints skipnet-38-cifar10-hrl --budgets 0.5 0.6 0.7 --images 8000
 
 No attack is run: behind a guard no image can cost more than its certificate, so recovery is at most what lies between that and the clean images.
-Two guards, one that serves gates as they come and one that keeps room for those that images use most, and the static route of these gates alone;
-weights as they are. One file a network in OUT, frontier-<checkpoint>.json; a network that
-is there is not measured again, and one of other weights, images or budgets is refused. FRONTIER.md is rendered from these files alone.
+Three guards: one serves gates as they come, one gives each its part of the budget, one keeps room for those that images use most; and the static
+route of the latter alone. Weights are as they are. One file a network in OUT, frontier-<checkpoint>.json; a network that is there is not measured
+again, and one of other weights, images or budgets is refused. FRONTIER.md is rendered from these files alone.
 FOLDER holds {train,test}/<class>/* of CIFAR-10.
 """
 
@@ -82,11 +82,11 @@ def points_of(checkpoint: str, budgets: Sequence[float], data: ImageData) -> lis
     pixels = training[BatchKey(data.seed, 0, 0, chosen)].images
     for budget in budgets:
         try:
-            guarded = BudgetGuard(network, budget, size=data.size)
+            guards = {kind: BudgetGuard(network, budget, pace=pace, size=data.size) for kind, pace in (("as they come", 0.0), ("paced", 1.0))}
         except ValueError as error:
             print(f"{checkpoint}: {error}")
             continue
-        points.append({"budget": budget, "kind": "as they come", **clean_figures(guarded, data, ledger.dense)})
+        points += [{"budget": budget, "kind": kind, **clean_figures(guarded, data, ledger.dense)} for kind, guarded in guards.items()]
         if all(units == 1 for units in ledger.units.values()):
             route = busiest_route(network, pixels, budget)
             # A route changes how the network inside decides.
@@ -148,7 +148,7 @@ def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
         (plot,) = axes.flat
         for number, each in enumerate(found):
             colour = COLOURS[number % len(COLOURS)]
-            for kind, style, marker in (("as they come", "--", "o"), ("reserving", "-", "s"), ("static", ":", "^")):
+            for kind, style, marker in (("as they come", "--", "o"), ("paced", "-.", "d"), ("reserving", "-", "s"), ("static", ":", "^")):
                 points = sorted((100 * point["most"], 100 * point["accuracy"]) for point in each["points"] if point["kind"] == kind)
                 if points:
                     x, y = zip(*points, strict=True)
@@ -168,8 +168,8 @@ def render(out: Path) -> str:
         "",
         f"Rendered by `python benchmarks/frontier.py` from the files beside this page; {found[0]['images']} clean test images, no further training.",
         "Shares are of the dense FLOPs. *recovery at most* needs no attack: it is what remains between the clean images and the most that any image",
-        "can cost. *as they come*: BudgetGuard; *reserving*: ReservingGuard of the busiest route that fits into the budget; *static*: that route for",
-        "every image. Networks whose gates have many units have the first alone.",
+        "can cost. *as they come*: BudgetGuard; *paced*: BudgetGuard of pace 1; *reserving*: ReservingGuard of the busiest route that fits into the",
+        "budget; *static*: that route for every image. Networks whose gates have many units have the first two alone.",
         "",
         "![Accuracy against the certificate](frontier.png)",
         "",

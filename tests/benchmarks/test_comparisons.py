@@ -255,15 +255,15 @@ def test_what_a_guard_certifies_is_measured_once_and_drawn(script: Any, checkpoi
     frontier.main([*asked, "0.01", "0.6", "0.9"])
     (found,) = [json.loads(path.read_text()) for path in out.glob("*.json")]
     # A budget below what always runs has no point.
-    kinds = ["as they come", "reserving", "static"]
+    kinds = ["as they come", "paced", "reserving", "static"]
     assert [(point["budget"], point["kind"]) for point in found["points"]] == [(None, "no guard"), *product([0.6, 0.9], kinds)]
     network = load(checkpoint)
     images = torch.zeros(1, 3, 32, 32)
     dense = price(network, images).dense
     for point in found["points"][1:]:
         assert point["flops"] <= point["most"] <= point["budget"]
-        if point["kind"] == "as they come":
-            guarded = BudgetGuard(network, point["budget"])
+        if point["kind"] in ("as they come", "paced"):
+            guarded = BudgetGuard(network, point["budget"], pace=float(point["kind"] == "paced"))
             with forced(guarded, {name: torch.ones(1, 1) for name in price(network, images).units}), torch.no_grad():
                 open_wide = price(guarded, images)(guarded(images, "skipped").gates).item()
             assert open_wide <= point["most"] * dense * (1 + 1e-12) <= guarded.certificate
