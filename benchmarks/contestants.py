@@ -32,6 +32,7 @@ ATTACKS: dict[str, Callable[[int], Attack]] = {
     "gradmdm": lambda steps: GradMDM(gamma=100.0, steps=steps),
     "gradmdm-300": lambda steps: GradMDM(gamma=300.0, steps=steps),
     "gradmdm-1000": lambda steps: GradMDM(gamma=1000.0, steps=steps),
+    "gradmdm-30000": lambda steps: GradMDM(gamma=30000.0, steps=steps),
     "accuracy-linf-4": lambda steps: AccuracyPGD(space=LinfBall(4 / 255), steps=min(steps, 20)),
 }
 """Name -> attack by its number of steps. GradMDM has no radius: of several gammas, what it recovers at equal MSE is read off.
