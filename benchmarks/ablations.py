@@ -2,6 +2,7 @@
 
     python benchmarks/ablations.py --seeds 0 1 2
     python benchmarks/ablations.py --variants all "no gap" --seeds 0
+    python benchmarks/ablations.py --seeds                       # the page alone, from the records
 
 Every variant is recipes/skipnet-20-digits-gap.yaml with a flag or two, trained from the same weights into runs/ablation-<variant>-seed<N> unless it
 is there. Each leaves summary.json and records.csv in OUT/<variant>/seed<N>/<attack>, as benchmarks/robustness.py does, and ABLATIONS.md is rendered
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and measure what is missing, then render."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="none: only render")
     parser.add_argument("--attacks", nargs="+", default=["linf-4", "linf-8"], choices=list(ATTACKS))
     parser.add_argument("--images", type=int, default=200, help="test images")
     parser.add_argument("--steps", type=int, default=10, help="of every attack")

@@ -244,6 +244,10 @@ def test_ablations_stand_beside_the_undefended_network(
     # Both variants are the same weights here.
     assert rows[1][2:] == rows[2][2:]
     assert rows[0][2:] != rows[1][2:]
+    # Without a seed nothing is trained, and the page comes from the records.
+    (tmp_path / "out" / "ABLATIONS.md").unlink()
+    ablations.main(run[:-2])
+    assert (len(asked), (tmp_path / "out" / "ABLATIONS.md").read_text()) == (4, page)
 
 
 # ---- frontier.py ----
