@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.contracts.zoo import sample, settled, warmed
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from gatewatt.attacks import HingeLoss, L2Ball, ProjectedAttack
 from gatewatt.defenses import BudgetGuard
+from gatewatt.defenses.following import Reach
 from gatewatt.flops import FlopsLedger, price
 from gatewatt.gating import DynamicNetwork, DynamicOutput, Execution, Gate, forced, gate_table
 from gatewatt.networks import ShallowDeep, SkipNet
@@ -107,6 +110,24 @@ def test_no_pattern_of_positions_tokens_or_channels_breaks_the_cap(family: str) 
         alone = [outputs(guard, image[None])[1] for image in images]
         together = outputs(guard, images)[1]
         assert torch.equal(torch.cat([gate_table(output.gates).executed for output in alone]), gate_table(together.gates).executed)
+
+
+@pytest.mark.parametrize("pace", [0.0, 1.0])
+def test_a_dilated_mask_is_booked_at_what_it_reaches(pace: float) -> None:
+    network, images = settled("sact"), sample()[:4]
+    ledger = price(network, images[:1])
+    guard = BudgetGuard(network, (ledger.fixed + 0.6 * (ledger.dense - ledger.fixed)) / ledger.dense, pace=pace)
+    spent = {}
+    for reach in (1, None):
+        # As learned, and booked as if a position reached everywhere.
+        if reach is None:
+            everywhere = {name: dict.fromkeys(followers, Reach(None)) for name, followers in guard.plan.followers.items()}
+            guard.plan = replace(guard.plan, followers=everywhere)
+        with torch.no_grad(), forced(guard, dictated(network, 1.0, images)):
+            spent[reach] = ledger(guard(images, "skipped").gates)
+        assert spent[reach].max() <= guard.certificate
+    assert spent[1].min() > guard.certificate - 0.01 * ledger.dense
+    assert spent[None].max() < guard.certificate - 0.02 * ledger.dense
 
 
 def test_of_many_units_those_with_the_smallest_margin_close() -> None:

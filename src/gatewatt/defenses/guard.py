@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gatewatt.defenses.base import Wrapper, blank_image, decided_by
+from gatewatt.defenses.following import Reach, reaches
 from gatewatt.defenses.nesting import lies_within
 from gatewatt.flops import FlopsLedger, measuring, price
 from gatewatt.gating import Charge, Decision, DynamicNetwork, DynamicOutput, Execution, forced, measuring_execution
@@ -33,7 +34,7 @@ class Plan:
         ledger: prices.
         cap: MACs of one image at most, a whole number as all MACs are.
         within: deciding gate -> earlier gates it lies within, in execution order.
-        leader: gate that follows another -> the one it follows.
+        followers: deciding gate -> the gates that follow it, and how far what it lets through reaches into each.
         booked: deciding gate -> charges that are settled once it has decided.
         allowance: deciding gate -> MACs that may be spent up to it, the fixed part included.
     """
@@ -41,7 +42,7 @@ class Plan:
     ledger: FlopsLedger
     cap: float
     within: Mapping[str, tuple[str, ...]]
-    leader: Mapping[str, str]
+    followers: Mapping[str, Mapping[str, Reach]]
     booked: Mapping[str, tuple[Charge, ...]]
     allowance: Mapping[str, float]
 
@@ -49,8 +50,8 @@ class Plan:
 class BudgetGuard(Wrapper):
     """A network that spends at most a share of its dense FLOPs on any image, by construction.
 
-    A unit of a gate that others follow (SACT's dilated masks) is charged as if what follows it ran everywhere: the guard cannot know how
-    far they reach, so there the cap is kept with room to spare. Dense execution has no cap: it prices the network.
+    Units of a gate that others follow (SACT's dilated masks) are charged with what they reach there, which is learned from the network by
+    dictating masks (:func:`~gatewatt.defenses.following.reaches`). Dense execution has no cap: it prices the network.
 
     Args:
         network: the network to guard.
@@ -109,7 +110,7 @@ class Spending:
         self.plan, self.own = plan, own
         self.kept: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        self.spent: Tensor | None = None
+        self.spent = torch.tensor(plan.ledger.fixed, dtype=torch.float64)
 
     def __call__(self, name: str, score: Tensor, threshold: Tensor, *, training: bool) -> Tensor:
         """What the gate asks for and can afford, 0 or 1 of shape (B, U)."""
@@ -117,52 +118,45 @@ class Spending:
         running = asked.detach() > 0
         for around in self.plan.within[name]:
             running = torch.logical_and(running, self.kept[around])
-        if self.spent is None:
-            self.spent = torch.full((len(score),), self.plan.ledger.fixed, dtype=torch.float64, device=score.device)
-        count = self._affordable(name, running.sum(1, dtype=torch.float64), self.spent)
-        kept = keep_best(running, (score - threshold).detach(), count)
-        self.spent = self.spent + self._cost(name, count)
-        self.kept[name], self.counts[name] = kept, count
+        self.spent = self.spent.to(score.device).expand(len(score))
+        kept = self._affordable(name, running, places_of(running, (score - threshold).detach()))
+        self.spent = self.spent + self._book(name, kept)
+        self.kept[name] = kept
         return asked * kept.to(asked.dtype)
 
-    def _affordable(self, name: str, wanted: Tensor, spent: Tensor) -> Tensor:
-        """The largest number of units (B,) up to ``wanted`` (B,) that stays within the allowance, by bisection: cost rises with it."""
-        low, high = torch.zeros_like(wanted), wanted
+    def _affordable(self, name: str, running: Tensor, places: Tensor) -> Tensor:
+        """As many of the units running (B, U), in the order of their places (B, U), as the allowance has room for, by bisection: cost rises."""
+        low, high = torch.zeros_like(self.spent), running.sum(1, dtype=torch.float64)
         for _ in range(self.plan.ledger.units[name].bit_length()):
             middle = ((low + high + 1) / 2).floor()
-            fits = spent + self._cost(name, middle) <= self.plan.allowance[name]
+            fits = self.spent + self._book(name, places < middle[:, None]) <= self.plan.allowance[name]
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-        return low
+        return places < low[:, None]
 
-    def _cost(self, name: str, count: Tensor) -> Tensor:
-        """MACs (B,) settled once the gate has decided to run ``count`` (B,) of its units."""
-        total = torch.zeros_like(count)
+    def _book(self, name: str, kept: Tensor) -> Tensor:
+        """MACs (B,) settled once the gate has decided to run the units kept (B, U); the counts that they come from stay on the books."""
+        ran = {name: kept, **{follower: reach(kept) for follower, reach in self.plan.followers[name].items()}}
+        self.counts |= {gate: mask.sum(1, dtype=torch.float64) for gate, mask in ran.items()}
+        total = torch.zeros_like(self.counts[name])
         for module, gates in self.plan.booked[name]:
-            work, units = count.new_full((), self.plan.ledger.prices[module]), 1
+            work, units = total.new_full((), self.plan.ledger.prices[module]), 1
             for gate in gates:
-                leader = self.plan.leader.get(gate, gate)
-                ran = count if leader == name else self.counts[leader]
-                if gate == leader:
-                    work, units = work * ran, units * self.plan.ledger.units[gate]
-                else:
-                    work = work * (ran > 0).to(work.dtype)
+                work, units = work * self.counts[gate], units * self.plan.ledger.units[gate]
             # Multiply first, divide last: whole numbers of MACs stay whole.
             total = total + work / units
         return total
 
 
-def keep_best(running: Tensor, margin: Tensor, count: Tensor) -> Tensor:
-    """The ``count`` (B,) units of largest margin among those running, bool (B, U); of equal ones the first.
+def places_of(running: Tensor, margin: Tensor) -> Tensor:
+    """The place (B, U) of every unit, from 0: those running by their margin, the largest first and of equal ones the first, then the others.
 
     Example:
-        >>> keep_best(torch.tensor([[True, False, True]]), torch.tensor([[0.1, 0.4, 0.3]]), torch.tensor([1.0])).tolist()
-        [[False, False, True]]
+        >>> places_of(torch.tensor([[True, False, True]]), torch.tensor([[0.1, 0.4, 0.3]])).tolist()
+        [[1, 2, 0]]
     """
-    if running.shape[1] == 1:
-        return torch.logical_and(running, count[:, None] > 0)
     order = torch.where(running, margin, torch.full_like(margin, -torch.inf)).sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(running.shape[1], device=running.device).expand_as(order)
-    return torch.zeros_like(order).scatter(1, order, places) < count[:, None]
+    return torch.zeros_like(order).scatter(1, order, places)
 
 
 def plan_for(network: DynamicNetwork, budget: float, pace: float, size: int) -> Plan:
@@ -184,7 +178,8 @@ def plan_for(network: DynamicNetwork, budget: float, pace: float, size: int) -> 
     if cap < ledger.fixed:
         raise ValueError(f"budget {budget:g} is below the {ledger.fixed / ledger.dense:.4f} of the dense FLOPs that no gate can save")
     leader = {name: gate.follows for name, gate in gates.items() if gate.follows is not None}
-    order = list(within)
+    order, reach = list(within), reaches(network, size)
+    followers: dict[str, dict[str, Reach]] = {name: {follower: reach[follower] for follower in leader if leader[follower] == name} for name in order}
     booked: dict[str, list[Charge]] = {name: [] for name in order}
     for charge in ledger.charges:
         # With its last gate undecided a charge may still come to nothing.
@@ -194,4 +189,4 @@ def plan_for(network: DynamicNetwork, budget: float, pace: float, size: int) -> 
     for name in order:
         later -= own[name]
         allowance[name] = cap - reserve * later
-    return Plan(ledger, cap, within, leader, {name: tuple(charges) for name, charges in booked.items()}, allowance)
+    return Plan(ledger, cap, within, followers, {name: tuple(charges) for name, charges in booked.items()}, allowance)
