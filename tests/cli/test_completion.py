@@ -54,7 +54,7 @@ def test_fish_offers_recipes_and_checkpoints(tmp_path: Path, capsys: pytest.Capt
         (["gatewatt", "fit", "--resume", ""], {"auto"}),
         (["gatewatt", "fit", "-c", "quick"], {"quickstart"}),
         (["gatewatt", "fit", "-c", "own"], {"own.yaml"}),
-        (["gatewatt", "price", "--checkpoint", "skipnet-38-cifar10-r"], {"skipnet-38-cifar10-robust"}),
+        (["gatewatt", "price", "--checkpoint", "skipnet-38-cifar10-hrl-r"], {"skipnet-38-cifar10-hrl-robust"}),
         (["gatewatt", "audit", "--pat"], {"--patterns"}),
         (["gatewatt", "report", "ru"], {"runs"}),
         (["gatewatt", "report", "--no"], {"--no-figures", "--no-run"}),

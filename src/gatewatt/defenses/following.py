@@ -20,38 +20,34 @@ CROWDS = 8
 
 
 class Reach:
-    """Which units of a follower run, at most, where some of the gate that it follows do.
+    """From when on the units of a follower run, at the earliest, where those of the gate that it follows are opened one after the other.
 
     Args:
         radius: the units are a square map, and each reaches the neighbours up to so many steps away; None for one that reaches every unit.
 
     Example:
-        >>> middle = torch.zeros(1, 25, dtype=torch.bool)
-        >>> middle[0, 12] = True
-        >>> [int(Reach(radius)(middle).sum()) for radius in (0, 1, 2, None)]
-        [1, 9, 25, 25]
+        >>> places = torch.arange(9.0)[None]
+        >>> [Reach(radius)(places).int().tolist()[0] for radius in (0, 1, None)]
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 1, 0, 0, 1, 3, 3, 4], [0, 0, 0, 0, 0, 0, 0, 0, 0]]
     """
 
     def __init__(self, radius: int | None) -> None:
         self.radius = radius
 
-    def __call__(self, mask: Tensor) -> Tensor:
-        """Units of the follower, for units of its gate: bool (B, U) both."""
+    def __call__(self, places: Tensor) -> Tensor:
+        """The place of every unit of the follower, for those of its gate's: (B, U) both, floating point."""
         if self.radius is None:
-            return mask.any(1, keepdim=True).expand_as(mask)
+            return places.amin(1, keepdim=True).expand_as(places)
         if self.radius == 0:
-            return mask
-        side = isqrt(mask.shape[1])
-        maps = mask.view(-1, 1, side, side).float()
-        return functional.max_pool2d(maps, 2 * self.radius + 1, 1, self.radius).flatten(1) > 0
+            return places
+        side = isqrt(places.shape[1])
+        return -functional.max_pool2d(-places.view(-1, 1, side, side), 2 * self.radius + 1, 1, self.radius).flatten(1)
 
     def covers(self, mask: Tensor, ran: Tensor) -> bool:
         """Whether nothing ran (B, U) beyond what a mask (B, U) reaches."""
-        return self.fits(mask.shape[1]) and not bool(torch.logical_and(ran, ~self(mask)).any())
-
-    def fits(self, units: int) -> bool:
-        """Whether so many units are a square, where neighbours count."""
-        return not self.radius or isqrt(units) ** 2 == units
+        if self.radius and isqrt(mask.shape[1]) ** 2 != mask.shape[1]:
+            return False
+        return not bool(torch.logical_and(ran, self((~mask).float()) > 0).any())
 
 
 REACHES = (Reach(0), Reach(1), Reach(2), Reach(3), Reach(None))

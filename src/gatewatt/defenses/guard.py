@@ -119,24 +119,31 @@ class Spending:
         for around in self.plan.within[name]:
             running = torch.logical_and(running, self.kept[around])
         self.spent = self.spent.to(score.device).expand(len(score))
-        kept = self._affordable(name, running, places_of(running, (score - threshold).detach()))
-        self.spent = self.spent + self._book(name, kept)
-        self.kept[name] = kept
+        places = places_of(running, (score - threshold).detach())
+        first = {name: places, **{follower: reach(places) for follower, reach in self.plan.followers[name].items()}}
+        count = self._affordable(name, running.sum(1), first)
+        self.spent = self.spent + self._book(name, count, first)
+        self.kept[name] = kept = places < count[:, None]
         return asked * kept.to(asked.dtype)
 
-    def _affordable(self, name: str, running: Tensor, places: Tensor) -> Tensor:
-        """As many of the units running (B, U), in the order of their places (B, U), as the allowance has room for, by bisection: cost rises."""
-        low, high = torch.zeros_like(self.spent), running.sum(1, dtype=torch.float64)
+    def _affordable(self, name: str, wanted: Tensor, first: Mapping[str, Tensor]) -> Tensor:
+        """The largest number of units (B,) up to ``wanted`` (B,) that stays within the allowance, by bisection: cost rises with it."""
+        low, high = torch.zeros_like(wanted), wanted
         for _ in range(self.plan.ledger.units[name].bit_length()):
-            middle = ((low + high + 1) / 2).floor()
-            fits = self.spent + self._book(name, places < middle[:, None]) <= self.plan.allowance[name]
+            middle = (low + high + 1) // 2
+            fits = self.spent + self._book(name, middle, first) <= self.plan.allowance[name]
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-        return places < low[:, None]
+        return low
 
-    def _book(self, name: str, kept: Tensor) -> Tensor:
-        """MACs (B,) settled once the gate has decided to run the units kept (B, U); the counts that they come from stay on the books."""
-        ran = {name: kept, **{follower: reach(kept) for follower, reach in self.plan.followers[name].items()}}
-        self.counts |= {gate: mask.sum(1, dtype=torch.float64) for gate, mask in ran.items()}
+    def _book(self, name: str, count: Tensor, first: Mapping[str, Tensor]) -> Tensor:
+        """MACs (B,) settled once the gate has decided to run ``count`` (B,) of its units; how many units of what follows run stays on the books.
+
+        Args:
+            name: the gate.
+            count: the first so many of its units run.
+            first: the gate and those that follow it -> for every unit (B, U), the place of the unit with which it runs.
+        """
+        self.counts |= {gate: (places < count[:, None]).sum(1, dtype=torch.float64) for gate, places in first.items()}
         total = torch.zeros_like(self.counts[name])
         for module, gates in self.plan.booked[name]:
             work, units = total.new_full((), self.plan.ledger.prices[module]), 1
@@ -150,13 +157,15 @@ class Spending:
 def places_of(running: Tensor, margin: Tensor) -> Tensor:
     """The place (B, U) of every unit, from 0: those running by their margin, the largest first and of equal ones the first, then the others.
 
+    Whole numbers in float32.
+
     Example:
         >>> places_of(torch.tensor([[True, False, True]]), torch.tensor([[0.1, 0.4, 0.3]])).tolist()
-        [[1, 2, 0]]
+        [[1.0, 2.0, 0.0]]
     """
     order = torch.where(running, margin, torch.full_like(margin, -torch.inf)).sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(running.shape[1], device=running.device).expand_as(order)
-    return torch.zeros_like(order).scatter(1, order, places)
+    places = torch.arange(running.shape[1], device=running.device, dtype=torch.float32).expand_as(order)
+    return torch.zeros_like(places).scatter(1, order, places)
 
 
 def plan_for(network: DynamicNetwork, budget: float, pace: float, size: int) -> Plan:
