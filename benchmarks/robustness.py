@@ -1,8 +1,8 @@
 """Robust dynamic networks beside what they must beat: the undefended twin, accuracy-adversarial training, a static network, and a hard cap.
 
     python benchmarks/robustness.py --data digits --train skipnet-20-digits --seeds 0 1 2
-    python benchmarks/robustness.py --data FOLDER --checkpoints skipnet-38-cifar10 skipnet-38-cifar10-robust FILE --guards skipnet-38-cifar10=0.9
-    python benchmarks/robustness.py --data FOLDER --train skipnet-38-cifar10 --undefended skipnet-38-cifar10
+    python benchmarks/robustness.py --data FOLDER --checkpoints sact-20-cifar10 sact-20-cifar10-robust FILE --guards sact-20-cifar10=0.7
+    python benchmarks/robustness.py --data FOLDER --train skipnet-38-cifar10-hrl --undefended skipnet-38-cifar10-hrl
 
 Every network meets every attack; each pair leaves summary.json and records.csv in OUT/<network>/seed<N>/<attack>, what `gatewatt test` writes. A
 pair that is there is not measured again, and one of other weights, images or settings is refused. ROBUSTNESS.md and robustness.csv are rendered
