@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import Charge, DynamicOutput, Gate
 from gatewatt.objectives import ComputeTarget, EnergyAdversarialObjective
-from gatewatt.objectives.robust import divergence, flops_gap, gate_gap, gate_logits, saturation
+from gatewatt.objectives.robust import Distilled, divergence, flops_gap, gate_gap, gate_logits, saturation
 
 LEDGER = FlopsLedger(
     prices={"a": 600.0, "b": 300.0},
@@ -98,6 +98,18 @@ def test_both_halves_are_distilled_and_the_parent_is_not_trained() -> None:
     assert parent.gates["a"].score._base.grad is None  # type: ignore[union-attr]
 
 
+def test_what_a_guard_closed_can_be_distilled_as_closed() -> None:
+    # The parent's second gate asks for its first unit on the second image, and got nothing.
+    refused = {**PARENT, "b": gate([[0.0, 0.0], [0.0, 0.0]], PARENT["b"].score)}
+    asked, executed = (
+        EnergyAdversarialObjective(distillation=1.0, distilled=kind)(CLEAN, ATTACKED, LABELS, LEDGER, refused)["distillation"].item()
+        for kind in get_args(Distilled)
+    )
+    assert asked == pytest.approx(distillation(), rel=1e-5)
+    changed = sum(math.log(score) - math.log(1 - score) for score in (0.7, 0.8))
+    assert executed == pytest.approx(distillation() + LAMBDA[1] * changed / 2, rel=1e-5)
+
+
 def test_without_distillation_no_parent_is_needed() -> None:
     terms = EnergyAdversarialObjective(distillation=0.0)(CLEAN, ATTACKED, LABELS, LEDGER, None)
     assert list(terms) == ["cross_entropy", "adversarial_cross_entropy"]
@@ -125,6 +137,7 @@ def test_no_term_goes_through_an_operator_that_autocast_refuses(monkeypatch: pyt
         ),
         ({"gap": math.nan}, "gap must be at least 0, got nan"),
         ({"slack": 1.5}, r"slack must be in \[0, 1\], a fraction of the dense FLOPs, got 1.5"),
+        ({"distilled": "wanted"}, "distilled must be asked or executed, got 'wanted'"),
         ({"limit": 0.0}, "limit must be positive, a distance in logits, got 0.0"),
         ({"ramp": (0.5, 0.2)}, "ramp must be two parts of the run, 0 <= start <= end <= 1, got 0.5 and 0.2"),
     ],

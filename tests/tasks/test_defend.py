@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from gatewatt.attacks import AttackResult, GradMDM
-from gatewatt.defenses import BitDepth, Defended, bare
+from gatewatt.defenses import BitDepth, BudgetGuard, Defended, bare
 from gatewatt.flops import FlopsLedger
-from gatewatt.gating import DynamicNetwork
+from gatewatt.gating import DynamicNetwork, split_output
 from gatewatt.networks import checkpoint
+from gatewatt.networks.skipnet import RecurrentGates
 from gatewatt.objectives import ComputeTarget, EnergyAdversarialObjective
 from gatewatt.tasks import EnergyAdversarialTraining, Optimization
 
@@ -186,6 +187,37 @@ def test_attack_training_and_parent_are_behind_the_defense(tmp_path: Path) -> No
     expected = [functional.cross_entropy(network.train()(both).logits[:16], labels).item() for network in (twin, copy.deepcopy(trained))]
     assert run.callback_metrics["train/cross_entropy"].item() == pytest.approx(expected[0], rel=1e-5)
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+def test_a_parent_behind_a_guard_of_its_own_teaches_what_that_lets_through(tmp_path: Path) -> None:
+    network = skipnet(7)
+    assert isinstance(network.gating, RecurrentGates)
+    with torch.no_grad():
+        network.gating.projection.bias += 5.0  # asks for everything
+    objective = EnergyAdversarialObjective(distillation=1.0, distilled="executed")
+    attack = Remembering(steps=1, lr=0.03, warmup=0.0)
+    task = EnergyAdversarialTraining(
+        network,
+        attack,
+        objective,
+        STEADY,
+        defense=lambda network: BudgetGuard(network, 0.6, size=digits().size),
+        parent_defense=lambda network: BudgetGuard(network, 0.8, size=digits().size),
+    )
+    assert isinstance(task.parent, BudgetGuard)
+    assert (task.network.budget, task.parent.budget) == (0.6, 0.8)
+    assert bare(task.parent) is not bare(task.network)
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    twin, parent = copy.deepcopy(task.network).train(), copy.deepcopy(task.parent).eval()
+    run.fit(task, digits())
+    ((clean, adversarial),) = attack.calls
+    assert same(copied(task.parent), copied(parent))
+    halves = split_output(twin(torch.cat([clean, adversarial]).contiguous(memory_format=torch.channels_last)), [len(clean)] * 2)
+    labels = next(iter(digits().train_dataloader())).labels
+    decided = [behind(clean).gates for behind in (parent, copy.deepcopy(twin).eval())]
+    terms = [objective(*halves, labels, task.ledger, gates)["distillation"].item() for gates in decided]
+    assert run.callback_metrics["train/distillation"].item() == pytest.approx(terms[0], rel=1e-4)
+    assert terms[0] != pytest.approx(terms[1], rel=1e-2)
 
 
 def test_it_trains_in_bfloat16_with_a_target_for_the_clean_half(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ or cost no more than the clean image costs now (the gaps). Every term has a weig
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch.nn import functional
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import DynamicOutput, Gate, gate_table
 from gatewatt.objectives.base import CrossEntropy, Objective, Terms
+
+Distilled = Literal["asked", "executed"]
+"""Of a parent's decisions: what its gates asked for, or what ran of it."""
 
 
 class EnergyAdversarialObjective:
@@ -30,6 +34,8 @@ class EnergyAdversarialObjective:
         adversarial_weight: of the cross entropy on attacked images.
         distillation: weight of the binary cross entropy of G(x) and G(x') against the parent's decisions on x, a mean over units by lambda;
             0 needs no parent.
+        distilled: ``asked``, or behind a guard ``executed``: what the guard let through of it. A network that asks for what it gets is not at its cap
+            before it is attacked. Not for networks that exit, whose later gates would be taught to stay closed.
         consistency: weight of :func:`divergence`, KL(f(x) || f(x')), as in TRADES.
         gap: weight of :func:`flops_gap`, what x' costs beyond x.
         slack: what it may cost beyond x, as a fraction of the dense FLOPs, in [0, 1].
@@ -54,6 +60,7 @@ class EnergyAdversarialObjective:
         *,
         adversarial_weight: float = 1.0,
         distillation: float = 2.0,
+        distilled: Distilled = "asked",
         consistency: float = 0.0,
         gap: float = 0.0,
         slack: float = 0.02,
@@ -77,10 +84,13 @@ class EnergyAdversarialObjective:
             raise ValueError(f"slack must be in [0, 1], a fraction of the dense FLOPs, got {slack}")
         if not limit > 0:
             raise ValueError(f"limit must be positive, a distance in logits, got {limit}")
+        if distilled not in get_args(Distilled):
+            raise ValueError(f"distilled must be {' or '.join(get_args(Distilled))}, got {distilled!r}")
         start, end = ramp
         if not 0 <= start <= end <= 1:
             raise ValueError(f"ramp must be two parts of the run, 0 <= start <= end <= 1, got {start} and {end}")
         self.clean, self.adversarial_weight, self.distillation = clean or CrossEntropy(), adversarial_weight, distillation
+        self.distilled: Distilled = distilled
         self.consistency, self.gap, self.slack, self.gate_gap = consistency, gap, slack, gate_gap
         self.saturation, self.limit, self.ramp = saturation, limit, (start, end)
 
@@ -125,7 +135,7 @@ class EnergyAdversarialObjective:
             if parent is None:
                 raise ValueError("distillation needs the parent's gates; give a parent or set distillation to 0")
             table = gate_table(parent)
-            decided = (table.score >= table.threshold).float()
+            decided = table.executed.float() if self.distilled == "executed" else (table.score >= table.threshold).float()
             weights = ledger.weights(parent).to(decided)
             # A score rounded to exactly 0 or 1 would make the logarithm infinite.
             scores = [gate_table(half.gates).score.clamp(1e-6, 1 - 1e-6) for half in (clean, adversarial)]

@@ -13,7 +13,7 @@ from gatewatt.attacks import Attack, Ball, ConflictMasking, EnergyAttack, GradMD
 from gatewatt.data import Augmentation, ImageData, MemoryImages
 from gatewatt.data.batch import Batch
 from gatewatt.data.order import generator
-from gatewatt.defenses import Crops, PerturbationCache, Wrapper
+from gatewatt.defenses import Crops, PerturbationCache, Wrapper, bare
 from gatewatt.flops import FlopsLedger
 from gatewatt.gating import DynamicNetwork, split_output
 from gatewatt.objectives import EnergyAdversarialObjective
@@ -94,6 +94,8 @@ class EnergyAdversarialTraining(DynamicTraining):
             A share of the run instead: the objective's ``ramp``.
         defense: what the network is attacked, trained and measured behind, as its parent, see :class:`~gatewatt.tasks.base.NetworkTask`; exported is
             the network inside.
+        parent_defense: what the parent decides behind instead. With a guard of a little more budget and an objective that distils what was
+            ``executed``, the network asks for hardly more than its own guard lets through.
         checkpoint: weights to start from: a shipped name or a ``.safetensors`` path of the same architecture.
         channels_last: keep weights and images in that memory format.
 
@@ -114,6 +116,7 @@ class EnergyAdversarialTraining(DynamicTraining):
         mix: AttackMix | None = None,
         warmup_epochs: int = 0,
         defense: Callable[[DynamicNetwork], Wrapper] | None = None,
+        parent_defense: Callable[[DynamicNetwork], Wrapper] | None = None,
         checkpoint: str | None = None,
         channels_last: bool = True,
     ) -> None:
@@ -126,7 +129,8 @@ class EnergyAdversarialTraining(DynamicTraining):
         check_fit(self.attack, [name for name, wanted in asked.items() if wanted])
         self.cache, self.mix, self.adversarial_objective, self.warmup_epochs = cache, mix, both_halves, warmup_epochs
         # Part of the checkpoint, so that a resumed run distils the same parent.
-        self.parent = copy.deepcopy(self.network).requires_grad_(False)
+        parent = copy.deepcopy(self.network)
+        self.parent = (parent if parent_defense is None else parent_defense(bare(parent))).requires_grad_(False)
         self.register_buffer("parent_taken", torch.tensor(False))
 
     def on_train_epoch_start(self) -> None:
