@@ -82,7 +82,10 @@ class BudgetGuard(Wrapper):
 
     @property
     def certificate(self) -> float:
-        """MACs that no image of this size can exceed, whatever its pixels and scores, in masked and in skipped execution."""
+        """MACs that no image of this size can exceed, whatever its pixels and scores, in masked and in skipped execution.
+
+        Where gates follow others, as far as their reach was learned right (:func:`~gatewatt.defenses.following.reaches`).
+        """
         return self.plan.cap
 
     @property
