@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -108,6 +109,10 @@ def test_what_a_guard_closed_can_be_distilled_as_closed() -> None:
     assert asked == pytest.approx(distillation(), rel=1e-5)
     changed = sum(math.log(score) - math.log(1 - score) for score in (0.7, 0.8))
     assert executed == pytest.approx(distillation() + LAMBDA[1] * changed / 2, rel=1e-5)
+    nested = {**PARENT, "b": replace(PARENT["b"], within=("a",))}
+    EnergyAdversarialObjective()(CLEAN, ATTACKED, LABELS, LEDGER, nested)
+    with pytest.raises(ValueError, match="would teach gates within others, such as exits, to stay closed; set distilled to asked"):
+        EnergyAdversarialObjective(distilled="executed")(CLEAN, ATTACKED, LABELS, LEDGER, nested)
 
 
 def test_without_distillation_no_parent_is_needed() -> None:

@@ -35,7 +35,7 @@ class EnergyAdversarialObjective:
         distillation: weight of the binary cross entropy of G(x) and G(x') against the parent's decisions on x, a mean over units by lambda;
             0 needs no parent.
         distilled: ``asked``, or behind a guard ``executed``: what the guard let through of it. A network that asks for what it gets is not at its cap
-            before it is attacked. Not for networks that exit, whose later gates would be taught to stay closed.
+            before it is attacked. Not where gates lie within others, as exits do: later ones would be taught to stay closed.
         consistency: weight of :func:`divergence`, KL(f(x) || f(x')), as in TRADES.
         gap: weight of :func:`flops_gap`, what x' costs beyond x.
         slack: what it may cost beyond x, as a fraction of the dense FLOPs, in [0, 1].
@@ -134,6 +134,8 @@ class EnergyAdversarialObjective:
         if self.distillation:
             if parent is None:
                 raise ValueError("distillation needs the parent's gates; give a parent or set distillation to 0")
+            if self.distilled == "executed" and any(gate.within for gate in parent.values()):
+                raise ValueError("distilled: executed would teach gates within others, such as exits, to stay closed; set distilled to asked")
             table = gate_table(parent)
             decided = table.executed.float() if self.distilled == "executed" else (table.score >= table.threshold).float()
             weights = ledger.weights(parent).to(decided)
